@@ -1,0 +1,38 @@
+# Each target makes .venv if it is missing and installs what it needs; nothing has to be activated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+OLDEST_TRANSFORMERS := 5.23.0
+
+.PHONY: demo test test-oldest lint format clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'holitom-hf needs Python 3.10 or newer'"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m holitom_hf.demo $(DEMO)
+	$(BIN)/holitom-hf answer $(DEMO)/clip.mp4 "What happens in the video?" --model $(DEMO)/model --max-new-tokens 24
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" \
+		transformers==$(OLDEST_TRANSFORMERS)
+	.venv-oldest/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-oldest $(DEMO) build dist

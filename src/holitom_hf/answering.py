@@ -1,0 +1,234 @@
+"""One question about one video, step by step, with what each step took."""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from transformers import BatchFeature, TextStreamer
+
+from .configuration_holitom import HoliTomConfig
+from .flops import prefill_flops, tokens_by_layer
+from .modeling_holitom import HoliTomLlavaOnevisionForConditionalGeneration
+from .processing_holitom import HoliTomProcessor
+
+
+@dataclass
+class PreparedQuestion:
+    """
+    A question on its way to the model.
+
+    Attributes:
+        features: What the processor made of it; its pixels are replaced by `encoded` once they went through the tower.
+        num_frames: Number of frames.
+        encoded: The video's features at full length.
+        seconds: What each step took so far.
+    """
+
+    features: BatchFeature
+    num_frames: int
+    encoded: object | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """
+    An answer, and what it took.
+
+    Attributes:
+        text: The answer.
+        num_frames: Frames of the video.
+        num_segments: Segments that stage 1 found.
+        visual_tokens_before: Video tokens of the uncompressed model, the newline included.
+        visual_tokens_outer: Those left by stages 1 and 2.
+        visual_tokens_inner: Those left by stage 3.
+        inner_merge_layer: The layer before which stage 3 ran; `None` if it did not.
+        flops_share: Prefill operations of the decoder against the uncompressed one's, by the paper's formula.
+        num_answer_tokens: Length of the answer.
+        seconds: `decode`, `encode`, `first_token` (merging and prefill), `generate` (the tokens after the first).
+    """
+
+    text: str
+    num_frames: int
+    num_segments: int
+    visual_tokens_before: int
+    visual_tokens_outer: int
+    visual_tokens_inner: int
+    inner_merge_layer: int | None
+    flops_share: float
+    num_answer_tokens: int
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict:
+        """All fields as a dictionary of JSON values."""
+        return asdict(self)
+
+
+class TextPrinter(TextStreamer):
+    """Prints an answer to stdout as its tokens come."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        """Overrides TextStreamer.on_finalized_text: to stdout at once."""
+        sys.stdout.write(text + ("\n" if stream_end else ""))
+        sys.stdout.flush()
+
+
+class _Stopwatch(TextStreamer):
+    """Notes when the first token came, and passes everything on."""
+
+    def __init__(self, tokenizer, streamer: TextStreamer | None):
+        super().__init__(tokenizer)
+        self.streamer, self.num_puts, self.first_token_at = streamer, 0, None
+
+    def put(self, value):
+        """Overrides TextStreamer.put: the first call brings the prompt, the second the first token."""
+        self.num_puts += 1
+        if self.num_puts == 2:
+            self.first_token_at = time.perf_counter()
+        if self.streamer is not None:
+            self.streamer.put(value)
+
+    def end(self):
+        """Overrides TextStreamer.end."""
+        if self.streamer is not None:
+            self.streamer.end()
+
+
+class Answerer:
+    """A model and its processor, asked one question at a time."""
+
+    def __init__(
+        self,
+        model: str,
+        settings: HoliTomConfig | None = None,
+        retention_ratio: float | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ):
+        """
+        Loads model and processor.
+
+        Args:
+            model: Folder or Hub repository.
+            settings: Compression settings; `None`: the checkpoint's.
+            retention_ratio: Replaces that of the settings.
+            device: `"cpu"`, `"cuda"`, ..., or `"auto"`.
+            dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+
+        Raises:
+            OSError, ValueError: If the checkpoint can't be loaded, or the device or dtype is not known.
+        """
+        kwargs = {} if settings is None else {"holitom_config": settings}
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        try:
+            place = device if device == "auto" else {"": torch.device(device)}
+        except RuntimeError as error:
+            raise ValueError(f"there is no device {device!r}: pass auto, cpu, cuda, cuda:1, mps, ...") from error
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU here: pass --device cpu")
+        self.processor = HoliTomProcessor.from_pretrained(model)
+        self.model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
+            model, dtype=dtype, device_map=place, **kwargs
+        ).eval()
+        if retention_ratio is not None:
+            self.model.config.holitom_config.retention_ratio = retention_ratio
+
+    def prepare(self, video: str, question: str, num_frames: int | None = None) -> PreparedQuestion:
+        """
+        Decodes the video and writes the prompt.
+
+        Args:
+            video: Path or URL.
+            question: The question.
+            num_frames: Frames to take; `None`: at most the processor's.
+
+        Raises:
+            OSError, ValueError: If the video can't be read or has fewer frames.
+        """
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        start = time.perf_counter()
+        features = self.processor(text=text, videos=video, num_frames=num_frames, return_tensors="pt")
+        features = features.to(self.model.device, self.model.dtype)
+        seconds = {"decode": time.perf_counter() - start}
+        return PreparedQuestion(features, features["pixel_values_videos"].shape[1], seconds=seconds)
+
+    @torch.inference_mode()
+    def encode(self, question: PreparedQuestion) -> None:
+        """Sends the frames through the vision tower."""
+        start = time.perf_counter()
+        self.model.model.check_placeholders(question.features["input_ids"], question.features["pixel_values_videos"])
+        question.encoded = self.model.get_video_features(
+            question.features.pop("pixel_values_videos"), vision_batch_size=32, return_dict=True
+        )
+        self._wait()
+        question.seconds["encode"] = time.perf_counter() - start
+
+    def generate(
+        self, question: PreparedQuestion, max_new_tokens: int = 256, streamer: TextStreamer | None = None
+    ) -> Answer:
+        """
+        Merges, runs the decoder and collects the figures.
+
+        Args:
+            question: Prepared and encoded.
+            max_new_tokens: Longest answer.
+            streamer: Gets the tokens as they come.
+        """
+        start = time.perf_counter()
+        stopwatch = _Stopwatch(self.processor.tokenizer, streamer)
+        features = {name: question.features[name] for name in ("input_ids", "attention_mask")}
+        outputs = self.model.generate(
+            **features,
+            mm_encoder_outputs={"video": question.encoded},
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=stopwatch,
+            return_dict_in_generate=True,
+        )
+        end = time.perf_counter()
+        prompt_length = features["input_ids"].shape[1]
+        tokens = outputs.sequences[0, prompt_length:]
+        seconds = question.seconds | {
+            "first_token": stopwatch.first_token_at - start,
+            "generate": end - stopwatch.first_token_at,
+        }
+        record = getattr(outputs.past_key_values, "compressed_sequence", None)
+        return Answer(
+            text=self.processor.decode(tokens, skip_special_tokens=True).strip(),
+            num_frames=question.num_frames,
+            num_answer_tokens=len(tokens),
+            seconds=seconds,
+            **self._savings(record, prompt_length, question),
+        )
+
+    def _savings(self, record, prompt_length: int, question: PreparedQuestion) -> dict:
+        before = question.encoded.pooler_output.shape[1]
+        num_text = prompt_length - before
+        outer, inner, layer, segments = before, before, None, question.num_frames
+        if record is not None:
+            outer = inner = int(record.outer_mask.sum()) - num_text
+            segments = len(record.merged_videos[0][0].segments)
+            if record.inner_layer is not None:
+                inner, layer = int(record.inner_mask.sum()) - num_text, record.inner_layer
+        text_config = self.model.config.text_config
+        sizes = text_config.hidden_size, text_config.intermediate_size
+        by_layer = tokens_by_layer(num_text + outer, num_text + inner, layer, text_config.num_hidden_layers)
+        plain = prefill_flops([prompt_length] * text_config.num_hidden_layers, *sizes)
+        return {
+            "num_segments": segments,
+            "visual_tokens_before": before,
+            "visual_tokens_outer": outer,
+            "visual_tokens_inner": inner,
+            "inner_merge_layer": layer,
+            "flops_share": prefill_flops(by_layer, *sizes) / plain,
+        }
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()

@@ -1,0 +1,638 @@
+"""LLaVA-OneVision with HoliTom: the three stages, placed into transformers' own forward passes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    LlavaOnevisionCausalLMOutputWithPast,
+    LlavaOnevisionModelOutputWithPast,
+    LlavaOnevisionPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from .checkpoint_holitom import HoliTomCheckpointMixin
+from .compressed_sequence import CompressedSequence
+from .configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
+from .decoder_holitom import HoliTomQwen2Model
+from .generation_holitom import HoliTomGenerationMixin
+from .inner_merging import InnerStage
+from .packed_rows import PackedRows, take_rows
+from .token_merging import MergedVideo, merge_video_tokens
+from .video_placeholders import assign_videos, cached_length, check_mask, check_position_ids, token_positions
+from .vision_importance import vision_importance
+
+
+@dataclass
+class HoliTomVideoFeatures(BaseModelOutputWithPooling):
+    """
+    Videos after vision tower, projector and pooling, at full length, with what merging needs to know.
+
+    Attributes:
+        pooler_output: (V, F*T+1, D) features of V videos, the newline last; a list of (F_v*T+1, D) if their numbers
+            of frames differ.
+        importance: A list of V tensors (F_v, T), float32: what each token receives of the attention.
+        keys: A list of V tensors (F_v, T, K): the attention's keys, averaged over heads.
+    """
+
+    importance: list[torch.Tensor] | None = None
+    keys: list[torch.Tensor] | None = None
+
+
+@dataclass
+class HoliTomModelOutputWithPast(LlavaOnevisionModelOutputWithPast):
+    """
+    `LlavaOnevisionModelOutputWithPast` at the short length, with what was done.
+
+    `last_hidden_state` and the entries of `hidden_states` and `attentions` are as long as the sequence is inside:
+    N positions before stage 3, M after it.
+
+    Attributes:
+        merged_videos: A list per row with a [`MergedVideo`] per video of this call; `None` if nothing was merged.
+        inner_keep: A list with, per row, the (n,) int64 indices of the tokens that survived stage 3 among those that
+            entered the decoder (without padding), ascending; `None` where it did not run.
+        output_index: (B, L) int64, for each position of the input: the entry of `last_hidden_state` that holds the
+            last token at or before it that survived; `None` if all did.
+    """
+
+    merged_videos: list[list[MergedVideo]] | None = None
+    inner_keep: list[torch.Tensor | None] | None = None
+    output_index: torch.Tensor | None = None
+
+
+@dataclass
+class HoliTomCausalLMOutputWithPast(LlavaOnevisionCausalLMOutputWithPast):
+    """
+    `LlavaOnevisionCausalLMOutputWithPast` whose `logits` have the full length of the input: at a position whose token
+    was dropped stand the logits of the last surviving token before it.
+
+    Attributes:
+        merged_videos: As in [`HoliTomModelOutputWithPast`].
+        inner_keep: As in [`HoliTomModelOutputWithPast`].
+    """
+
+    merged_videos: list[list[MergedVideo]] | None = None
+    inner_keep: list[torch.Tensor | None] | None = None
+
+
+class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
+    """`LlavaOnevisionModel` whose videos are shortened before the decoder and inside it."""
+
+    config: HoliTomLlavaOnevisionConfig
+
+    def __init__(self, config: HoliTomLlavaOnevisionConfig):
+        config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
+        super().__init__(config)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | list[torch.Tensor] | None = None,
+        image_sizes_videos: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        holitom_config: HoliTomConfig | dict | str | None = None,
+        vision_batch_size: int | None = None,
+        prompt_length: int | None = None,
+        **kwargs,
+    ) -> HoliTomModelOutputWithPast | LlavaOnevisionModelOutputWithPast:
+        """
+        Overrides LlavaOnevisionModel.forward: the decoder runs on fewer video tokens than there are placeholders.
+
+        Args:
+            pixel_values_videos: (V, F, C, H, W), or a list of V tensors (F_v, C, H, W).
+            attention_mask: (B, P+L), P the positions passed before with this cache, dropped ones included.
+            position_ids: (B, L) as for the uncompressed sequence; what was dropped before a token is subtracted.
+            holitom_config: Settings for this call in place of `config.holitom_config`.
+            vision_batch_size: Number of frames that go through the vision tower at once; `None`: all.
+            prompt_length: Number of leading positions (P included) that are the prompt. Stage 3 keeps what the last
+                real token among them attends to; `None`: the last real token of the call.
+            The rest: as in `LlavaOnevisionModel.forward`.
+
+        Returns:
+            [`HoliTomModelOutputWithPast`]; upstream's output where nothing is or was compressed.
+
+        Raises:
+            ValueError: If placeholders and videos don't match, a mask or position ids have a wrong shape, pixels are
+                not finite, or the settings don't fit the decoder.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        settings = self.config.holitom_config if holitom_config is None else HoliTomConfig.coerce(holitom_config)
+        settings.check_decoder_depth(self.config.text_config.num_hidden_layers)
+        batch_size, num_new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        past = CompressedSequence.of(past_key_values, num_new)
+        if past is not None:
+            past = past.for_batch(batch_size)
+        if isinstance(attention_mask, torch.Tensor) and (pixel_values_videos is not None or past is not None):
+            seen = past.seen_length(past_key_values) if past is not None else cached_length(past_key_values)
+            check_mask(attention_mask, (batch_size, seen + num_new))
+
+        mm_encoder_outputs = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
+        if pixel_values_videos is not None:
+            if mm_encoder_outputs.get("video") is not None:
+                raise ValueError("pass either pixel_values_videos or mm_encoder_outputs['video'], not both")
+            self.check_placeholders(input_ids, pixel_values_videos)
+            mm_encoder_outputs["video"] = self.get_video_features(
+                pixel_values_videos,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                vision_batch_size=vision_batch_size,
+                holitom_config=settings,
+                return_dict=True,
+            )
+        if pixel_values is not None:
+            if mm_encoder_outputs.get("image") is not None:
+                raise ValueError("pass either pixel_values or mm_encoder_outputs['image'], not both")
+            mm_encoder_outputs["image"] = self.get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                batch_num_images=batch_num_images,
+                return_dict=True,
+            )
+
+        video, image = mm_encoder_outputs.get("video"), mm_encoder_outputs.get("image")
+        decoder_kwargs = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        if past is None and (video is None or settings.is_identity):
+            if video is not None and not isinstance(video.pooler_output, torch.Tensor):
+                mm_encoder_outputs["video"] = BaseModelOutputWithPooling(
+                    pooler_output=torch.cat(video.pooler_output)[None]
+                )
+            return super().forward(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                mm_encoder_outputs=mm_encoder_outputs,
+                return_dict=True,
+                **decoder_kwargs,
+            )
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_mask, video_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        image_features = None
+        if image is not None:
+            image_features = torch.cat(image.pooler_output, dim=0).to(inputs_embeds)
+            self.get_placeholder_mask(input_ids, inputs_embeds, image_features=image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
+        if video is None:
+            outputs = self._continue(inputs_embeds, attention_mask, position_ids, past, decoder_kwargs)
+        else:
+            outputs = self._compress(
+                inputs_embeds,
+                video_mask[..., 0],
+                video,
+                attention_mask,
+                position_ids,
+                past,
+                settings,
+                prompt_length,
+                decoder_kwargs,
+            )
+        outputs.image_hidden_states = image_features
+        return outputs
+
+    def _continue(self, inputs_embeds, attention_mask, position_ids, past: CompressedSequence, decoder_kwargs):
+        """A call without a new video on a cache that was compressed: only masks and positions change."""
+        num_new = inputs_embeds.shape[1]
+        outer_mask = inner_mask = None
+        if isinstance(attention_mask, dict):
+            outer_mask = attention_mask
+        elif attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("a cache of compressed videos needs a 2D attention_mask of the full length, or none")
+        elif past.is_padded or attention_mask is not None or position_ids is None:
+            num_after = past.seen_length(decoder_kwargs["past_key_values"]) - past.full_length + num_new
+            total = past.including(num_after, attention_mask)
+            if total.is_padded:
+                outer_mask, inner_mask = total.outer_mask, total.inner_mask
+        if position_ids is not None:
+            position_ids = position_ids - past.num_dropped[:, None]
+        else:
+            position_ids = (total.outer_mask.cumsum(1) - 1)[:, -num_new:].clamp_min(0)
+        if past.inner_layer is not None:
+            decoder_kwargs = decoder_kwargs | {"inner_stage": InnerStage(layer=past.inner_layer)}
+            if inner_mask is not None:
+                decoder_kwargs["inner_stage"] = InnerStage(
+                    layer=past.inner_layer,
+                    past_mask=inner_mask[:, :-num_new],
+                    mask=inner_mask[:, -num_new:],
+                    is_padded=True,
+                )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=outer_mask, position_ids=position_ids, **decoder_kwargs
+        )
+        return HoliTomModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _compress(
+        self,
+        inputs_embeds: torch.Tensor,
+        video_mask: torch.Tensor,
+        video: BaseModelOutputWithPooling,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past: CompressedSequence | None,
+        settings: HoliTomConfig,
+        prompt_length: int | None,
+        decoder_kwargs: dict,
+    ) -> HoliTomModelOutputWithPast:
+        """A call with videos: merge them, drop the placeholders they no longer need, run the decoder on the rest."""
+        batch_size, num_new = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        num_cached = cached_length(decoder_kwargs["past_key_values"])
+        if past is None:
+            past = CompressedSequence.uncompressed(num_cached, attention_mask, batch_size, device)
+        past = past.including(num_cached - past.outer_mask.shape[1], attention_mask)
+        is_real = torch.ones_like(video_mask)
+        if attention_mask is not None:
+            is_real = attention_mask[:, past.full_length :].to(is_real)
+
+        # Stages 1 and 2. A video takes the first of its placeholders, as many as it has tokens left.
+        merged, embeddings, num_slots = self._merge_videos(video, settings)
+        num_tokens = [len(tokens) for tokens in embeddings]
+        is_unused = torch.cat([torch.arange(n, device=device) >= used for n, used in zip(num_slots, num_tokens)])
+        is_dropped = is_real & torch.zeros_like(video_mask).masked_scatter(video_mask, is_unused)
+        keep = is_real & ~is_dropped
+        # The one transfer to the host: how long rows become, which videos are theirs, where they are padded.
+        num_kept, num_placeholders, ends_real = torch.stack(
+            [keep.sum(1), (video_mask & is_real).sum(1), is_real[:, -1].long()]
+        ).tolist()
+        videos_of_row = assign_videos(num_placeholders, num_slots)
+        packed = PackedRows.of(keep, num_kept, "left" if all(ends_real) else "right")
+        packed_video_mask = video_mask.gather(1, packed.index) & packed.mask
+        packed_embeds = take_rows(inputs_embeds, packed.index).masked_scatter(
+            packed_video_mask[..., None], torch.cat(embeddings).to(inputs_embeds)
+        )
+
+        outer_mask = torch.cat([past.outer_mask, packed.mask], dim=1)
+        is_padded = past.is_padded or packed.is_padded
+        dropped_before = is_dropped.cumsum(1)  # (B, L)
+        if position_ids is None:
+            packed_positions = outer_mask.cumsum(1)[:, num_cached:] - 1
+        else:
+            check_position_ids(position_ids, num_new)
+            packed_positions = position_ids - dropped_before - past.num_dropped[:, None]
+            packed_positions = packed_positions.gather(1, packed.index)
+        packed_positions = packed_positions.masked_fill(~packed.mask, 0)
+
+        # Stage 3 runs inside the decoder.
+        layer = self._inner_layer(settings, past)
+        if layer is not None:
+            stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached)
+            if settings.has_inner_stage:
+                stage.videos = token_positions(packed_video_mask, videos_of_row, num_tokens)
+                stage.merge_ratio, stage.fold = settings.inner_merge_ratio, settings.inner_method == "merge"
+                stage.num_real, stage.padding_side = packed.num_kept, packed.padding_side
+                last = num_new if prompt_length is None else prompt_length - past.full_length
+                is_prompt = is_real & (torch.arange(num_new, device=device) < last)
+                last_of_prompt = num_new - 1 - is_prompt.flip(1).to(torch.int8).argmax(1)
+                stage.query = packed.last_kept.gather(1, last_of_prompt[:, None])[:, 0]
+            decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
+        outputs = self.language_model(
+            inputs_embeds=packed_embeds,
+            attention_mask=outer_mask if is_padded else None,
+            position_ids=packed_positions,
+            **decoder_kwargs,
+        )
+
+        survivors = getattr(outputs, "survivors", None)
+        output_index, inner_mask, inner_keep = packed.last_kept, packed.mask, None
+        if survivors is not None:
+            output_index = survivors.last_kept.gather(1, output_index)
+            inner_mask = survivors.mask
+            inner_keep = [
+                survivors.row(row) - packed.row_start(row) if videos else None
+                for row, videos in enumerate(videos_of_row)
+            ]
+        merged_videos = [[merged[v] for v in videos] for videos in videos_of_row]
+        if outputs.past_key_values is not None:
+            CompressedSequence(
+                full_length=past.full_length + num_new,
+                outer_mask=outer_mask,
+                inner_mask=torch.cat([past.inner_mask, inner_mask], dim=1),
+                inner_layer=layer,
+                num_dropped=past.num_dropped + dropped_before[:, -1],
+                is_padded=is_padded or (survivors is not None and survivors.is_padded),
+                merged_videos=merged_videos,
+                inner_keep=inner_keep if inner_keep is not None else [None] * batch_size,
+            ).attach(outputs.past_key_values)
+        return HoliTomModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            video_hidden_states=torch.cat(list(video.pooler_output)),
+            merged_videos=merged_videos,
+            inner_keep=inner_keep,
+            output_index=output_index,
+        )
+
+    @staticmethod
+    def _inner_layer(settings: HoliTomConfig, past: CompressedSequence) -> int | None:
+        """The layer from which on this call and the cache are shorter; `None` if all layers have the same length."""
+        layer = settings.inner_merge_layer if settings.has_inner_stage else None
+        if past.inner_layer is None:
+            return layer
+        if layer not in (None, past.inner_layer):
+            raise ValueError(
+                f"inner_merge_layer is {layer}, but the cache was compressed from layer {past.inner_layer} on: "
+                "use the same layer for all videos of one conversation"
+            )
+        return past.inner_layer
+
+    def _merge_videos(
+        self, video: BaseModelOutputWithPooling, settings: HoliTomConfig
+    ) -> tuple[list[MergedVideo], list[torch.Tensor], list[int]]:
+        """What stages 1 and 2 make of every video: the record, the (N, D) embeddings, its number of placeholders."""
+        features = list(video.pooler_output)
+        importance, keys = getattr(video, "importance", None), getattr(video, "keys", None)
+        if settings.has_outer_stage and importance is None:
+            raise ValueError(
+                "the encoded videos carry no importance: encode them with this model's get_video_features(..., "
+                "holitom_config=...) and the settings they will be merged with"
+            )
+        merged, embeddings = [], []
+        for index, tokens in enumerate(features):
+            tokens_per_frame = self._tokens_per_frame()
+            frames = tokens[:-1].view(-1, tokens_per_frame, tokens.shape[-1])
+            is_needed = settings.has_outer_stage
+            result = merge_video_tokens(
+                frames,
+                importance[index].to(frames.device) if is_needed else frames.new_zeros(frames.shape[:2]),
+                settings,
+                newline=tokens[-1],
+                keys=keys[index].to(frames.device) if is_needed and keys is not None else None,
+            )
+            has_end = settings.newline_position == "end" or not settings.has_outer_stage
+            merged.append(result)
+            embeddings.append(torch.cat([result.embeddings, tokens[-1:]]) if has_end else result.embeddings)
+            if len(embeddings[-1]) > len(tokens):
+                raise ValueError(
+                    f"with newline_position={settings.newline_position!r} and retention_ratio="
+                    f"{settings.retention_ratio} video {index} has {len(embeddings[-1])} tokens, more than its "
+                    f"{len(tokens)} placeholders: lower the ratio"
+                )
+        return merged, embeddings, [len(tokens) for tokens in features]
+
+    def _tokens_per_frame(self) -> int:
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return (-(-side // 2)) ** 2
+
+    def check_placeholders(self, input_ids: torch.Tensor | None, pixel_values_videos) -> None:
+        """
+        Raises a `ValueError` if the prompts' video placeholders don't fit the videos, before anything is computed.
+
+        Args:
+            input_ids: (B, L); with `None` (`inputs_embeds`) nothing is checked yet.
+            pixel_values_videos: As in `forward`.
+        """
+        for index, frames in enumerate(pixel_values_videos):
+            if frames.ndim != 4 or 0 in frames.shape:
+                raise ValueError(
+                    f"video {index} has shape {tuple(frames.shape)}; expected (frames, channels, height, width)"
+                )
+        if input_ids is not None:
+            tokens_per_frame = self._tokens_per_frame()
+            expected = [len(frames) * tokens_per_frame + 1 for frames in pixel_values_videos]
+            assign_videos((input_ids == self.config.video_token_id).sum(1).tolist(), expected)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor | list[torch.Tensor],
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_batch_size: int | None = None,
+        holitom_config: HoliTomConfig | dict | str | None = None,
+        **kwargs,
+    ) -> HoliTomVideoFeatures:
+        """
+        Overrides LlavaOnevisionModel.get_video_features: videos may differ in their number of frames, frames go
+        through the vision tower in chunks if asked, and what each token receives of the attention travels along.
+
+        Args:
+            pixel_values_videos: (V, F, C, H, W), or a list of V tensors (F_v, C, H, W).
+            vision_batch_size: Number of frames that go through the vision tower at once; `None`: all.
+            holitom_config: Settings the videos will be merged with; default: the model's. Importance is left out
+                where they don't need it.
+            The rest: as upstream.
+
+        Raises:
+            ValueError: If pixels are not finite, or `vision_batch_size` is below 1.
+        """
+        settings = self.config.holitom_config if holitom_config is None else HoliTomConfig.coerce(holitom_config)
+        if vision_batch_size is not None and vision_batch_size < 1:
+            raise ValueError(f"vision_batch_size must be at least 1 or None, got {vision_batch_size}")
+        num_frames = [len(frames) for frames in pixel_values_videos]
+        is_even = isinstance(pixel_values_videos, torch.Tensor)
+        pixels = pixel_values_videos.flatten(0, 1) if is_even else torch.cat(list(pixel_values_videos))
+        self._check_finite(pixels, num_frames)
+
+        feature_layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        hidden_index, layer = self._importance_layer(feature_layers)
+        features, importance, keys = [], [], []
+        for chunk in pixels.split(vision_batch_size or len(pixels)):
+            outputs = super().get_video_features(
+                chunk[None],
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                output_hidden_states=[*feature_layers, hidden_index],
+                return_dict=True,
+                **kwargs,
+            )
+            features.append(outputs.pooler_output[0, :-1])
+            if settings.has_outer_stage:
+                received, head_mean = vision_importance(layer, outputs.hidden_states[hidden_index])
+                if vision_feature_select_strategy == "default":
+                    received, head_mean = received[:, 1:], head_mean[:, 1:]
+                importance.append(self.apply_pooling(received[..., None])[..., 0])
+                keys.append(self.apply_pooling(head_mean))
+
+        features = torch.cat(features).view(len(pixels), -1, features[0].shape[-1])
+        newline = self.image_newline[None].to(features)
+        videos = [torch.cat([frames.flatten(0, 1), newline]) for frames in features.split(num_frames)]
+        return HoliTomVideoFeatures(
+            pooler_output=torch.stack(videos) if is_even else videos,
+            importance=list(torch.cat(importance).split(num_frames)) if importance else None,
+            keys=list(torch.cat(keys).split(num_frames)) if keys else None,
+        )
+
+    def _importance_layer(self, feature_layers: list[int]) -> tuple[int, nn.Module]:
+        """The vision layer whose output feeds the projector (the last if several do), and its input's hidden state."""
+        layers = self.vision_tower.encoder.layers
+        output_index = max(index % (len(layers) + 1) for index in feature_layers)
+        if output_index == 0:
+            raise ValueError("vision_feature_layer 0 is the embedding: no attention tells what matters")
+        return output_index - 1, layers[output_index - 1]
+
+    @staticmethod
+    def _check_finite(pixels: torch.Tensor, num_frames: list[int]) -> None:
+        is_finite = torch.isfinite(pixels.flatten(1)).all(1)
+        if not is_finite.all():
+            frame = int(is_finite.logical_not().nonzero()[0])
+            video = next(v for v in range(len(num_frames)) if frame < sum(num_frames[: v + 1]))
+            raise ValueError(
+                f"video {video} has NaN or infinite pixels in frame {frame - sum(num_frames[:video])}: check how it "
+                "was decoded and normalized"
+            )
+
+
+class HoliTomLlavaOnevisionForConditionalGeneration(
+    HoliTomCheckpointMixin, HoliTomGenerationMixin, LlavaOnevisionForConditionalGeneration
+):
+    """`LlavaOnevisionForConditionalGeneration` on a [`HoliTomLlavaOnevisionModel`]."""
+
+    config: HoliTomLlavaOnevisionConfig
+
+    def __init__(self, config: HoliTomLlavaOnevisionConfig):
+        # Not the parent's __init__, which would first build a complete upstream model.
+        LlavaOnevisionPreTrainedModel.__init__(self, config)
+        self.model = HoliTomLlavaOnevisionModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | list[torch.Tensor] | None = None,
+        image_sizes_videos: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        holitom_config: HoliTomConfig | dict | str | None = None,
+        vision_batch_size: int | None = None,
+        prompt_length: int | None = None,
+        **kwargs,
+    ) -> HoliTomCausalLMOutputWithPast:
+        """
+        Overrides LlavaOnevisionForConditionalGeneration.forward: `logits`, `labels` and `logits_to_keep` refer to the
+        full length, whatever was dropped.
+
+        Args:
+            labels: (B, L), -100 where no loss is taken; the loss is over the same tokens as upstream's.
+            holitom_config, vision_batch_size, prompt_length: As in [`HoliTomLlavaOnevisionModel.forward`].
+            The rest: as upstream.
+
+        Returns:
+            [`HoliTomCausalLMOutputWithPast`].
+
+        Raises:
+            ValueError: As [`HoliTomLlavaOnevisionModel.forward`], and if `labels` have a wrong shape.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and tokens is not None and labels.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; they must have the full length of the input, "
+                f"{tuple(tokens.shape[:2])}, with -100 where no loss is taken"
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_sizes=image_sizes,
+            image_sizes_videos=image_sizes_videos,
+            vision_aspect_ratio=vision_aspect_ratio,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            batch_num_images=batch_num_images,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            holitom_config=holitom_config,
+            vision_batch_size=vision_batch_size,
+            prompt_length=prompt_length,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self._full_length_logits(outputs, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return HoliTomCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+            merged_videos=outputs.get("merged_videos"),
+            inner_keep=outputs.get("inner_keep"),
+        )
+
+    def _full_length_logits(self, outputs: HoliTomModelOutputWithPast, logits_to_keep: int | torch.Tensor):
+        """Logits at the requested positions of the full length; the vocabulary is computed once per distinct token."""
+        hidden_states, index = outputs.last_hidden_state, outputs.get("output_index")
+        if index is None:
+            return self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        is_whole = isinstance(logits_to_keep, int) and not 0 < logits_to_keep < hidden_states.shape[1]
+        wanted = slice_logits_to_keep(index[..., None], logits_to_keep)[..., 0]
+        if is_whole:
+            return take_rows(self.lm_head(hidden_states), wanted)
+        if wanted.ndim == 1:  # a boolean selection, which is flat
+            raise ValueError("a boolean logits_to_keep is not supported with compressed videos: pass positions")
+        return self.lm_head(take_rows(hidden_states, wanted))
+
+    def get_video_features(self, *args, **kwargs):
+        """Overrides LlavaOnevisionForConditionalGeneration.get_video_features: see [`HoliTomLlavaOnevisionModel`]."""
+        return self.model.get_video_features(*args, **kwargs)
+
+
+# Checkpoints of llava-onevision name their weights as transformers 4 did and are renamed on load, by class name or
+# model type; for classes from outside transformers only if they are registered.
+for _class, _upstream in (
+    (HoliTomLlavaOnevisionForConditionalGeneration, "llava_onevision"),
+    (HoliTomLlavaOnevisionModel, "LlavaOnevisionModel"),
+):
+    register_checkpoint_conversion_mapping(
+        _class.__name__, get_checkpoint_conversion_mapping(_upstream) or [], overwrite=True
+    )
+
+__all__ = [
+    "HoliTomLlavaOnevisionForConditionalGeneration",
+    "HoliTomLlavaOnevisionModel",
+    "HoliTomQwen2Model",
+]

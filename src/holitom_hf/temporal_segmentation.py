@@ -1,0 +1,130 @@
+"""Stage 1: cut a video where its redundancy ends (HoliTom, section 3.1, arXiv 2505.21334)."""
+
+import numpy as np
+import torch
+
+
+# Frames compared at once: bounds the float32 copies of half-precision features.
+FRAMES_PER_CHUNK = 64
+
+
+def frame_similarity(features: torch.Tensor) -> torch.Tensor:
+    """
+    Cosine similarity of every token with the token at the same place in the next frame.
+
+    Args:
+        features: (F, T, D) pooled, projected features of F frames; any floating dtype.
+
+    Returns:
+        (F-1, T) float32.
+
+    Source: section 3.1, equation for the token-wise similarity of adjacent frames.
+    """
+    num_frames, num_tokens, _ = features.shape
+    chunks = []
+    for start in range(0, num_frames - 1, FRAMES_PER_CHUNK):
+        frames = features[start : min(start + FRAMES_PER_CHUNK + 1, num_frames)].float()
+        norms = torch.linalg.vector_norm(frames, dim=-1).clamp_min(1e-8)  # (f+1, T)
+        products = torch.linalg.vecdot(frames[:-1], frames[1:])  # (f, T)
+        chunks.append(products / (norms[:-1] * norms[1:]))
+    return torch.cat(chunks) if chunks else features.new_zeros((0, num_tokens), dtype=torch.float32)
+
+
+def similarity_runs(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
+    """
+    For every token and pair of adjacent frames: how many pairs in a row, up to this one, are alike.
+
+    A token is static over frames [a, b) exactly if `runs[b - 2] >= b - a - 1`.
+
+    Args:
+        similarity: (F-1, T).
+        threshold: tau; a pair is alike if its similarity is strictly larger.
+
+    Returns:
+        (F-1, T) int64.
+    """
+    pair = torch.arange(1, similarity.shape[0] + 1, device=similarity.device)[:, None]  # (F-1, 1), counted from 1
+    last_break = torch.where(similarity > threshold, 0, pair).cummax(dim=0).values if len(similarity) else pair
+    return pair - last_break
+
+
+def count_static_tokens(runs: torch.Tensor) -> torch.Tensor:
+    """
+    Number of static tokens of every possible segment, from the runs alone: O(F*T + F^2) instead of O(F^2 * T).
+
+    Args:
+        runs: (F-1, T) from [`similarity_runs`].
+
+    Returns:
+        (F-1, F) int64: entry [i, l] counts the tokens that are static over the l+1 frames that end in frame i+1
+        (l = 0, a single frame, counts all of them).
+    """
+    num_pairs = len(runs)
+    histogram = runs.new_zeros((num_pairs, num_pairs + 1))
+    histogram.scatter_add_(1, runs, torch.ones_like(runs))
+    return histogram.flip(1).cumsum(1).flip(1)
+
+
+def choose_segments(
+    static_counts: torch.Tensor, max_segment_frames: int | None = None
+) -> tuple[list[tuple[int, int]], int]:
+    """
+    The partition of 0..F with the largest total gain, by dynamic programming on the host.
+
+    A segment of L >= 2 frames gains (number of its static tokens) * (L - 1), a single frame 0. Among partitions of
+    equal gain the one whose last segments are shortest wins.
+
+    Args:
+        static_counts: (F-1, F) from [`count_static_tokens`], on any device; copied to the host once.
+        max_segment_frames: Longest segment allowed; `None` sets no limit.
+
+    Returns:
+        Half-open `(start, stop)` frame ranges that cover 0..F in order, and their total gain G in tokens.
+
+    Source: section 3.1, global redundancy-aware segmentation.
+    """
+    counts = static_counts.cpu().numpy()
+    num_frames = counts.shape[1]
+    longest = num_frames if max_segment_frames is None else min(max_segment_frames, num_frames)
+    best = np.zeros(num_frames + 1, dtype=np.int64)  # best[i]: largest gain of the first i frames
+    length_of_last = np.ones(num_frames + 1, dtype=np.int64)
+    for stop in range(2, num_frames + 1):
+        saved_frames = np.arange(min(stop, longest))  # L - 1 for L = 1, 2, ...
+        gains = best[stop - 1 - saved_frames] + counts[stop - 2, : len(saved_frames)] * saved_frames
+        # argmax takes the first of equal gains, which is the shortest segment.
+        choice = int(gains.argmax())
+        best[stop], length_of_last[stop] = gains[choice], choice + 1
+
+    segments = []
+    stop = num_frames
+    while stop > 0:
+        segments.append((stop - int(length_of_last[stop]), stop))
+        stop = segments[-1][0]
+    return segments[::-1], int(best[num_frames])
+
+
+def segment_frames(
+    similarity: torch.Tensor, threshold: float, max_segment_frames: int | None = None
+) -> list[tuple[int, int]]:
+    """
+    Cuts F frames into the segments in which most tokens repeat.
+
+    Args:
+        similarity: (F-1, T) cosine similarity of adjacent frames, as from [`frame_similarity`].
+        threshold: tau; a token repeats if its similarity is strictly larger.
+        max_segment_frames: Longest segment in frames; `None` sets no limit.
+
+    Returns:
+        Half-open `(start, stop)` frame ranges that cover 0..F in order.
+
+    Raises:
+        ValueError: If `similarity` is not two-dimensional or `max_segment_frames` is below 1.
+
+    Source: section 3.1.
+    """
+    if similarity.ndim != 2:
+        raise ValueError(f"similarity must have shape (frames - 1, tokens), got {tuple(similarity.shape)}")
+    if max_segment_frames is not None and max_segment_frames < 1:
+        raise ValueError(f"max_segment_frames must be at least 1 or None, got {max_segment_frames}")
+    static_counts = count_static_tokens(similarity_runs(similarity, threshold))
+    return choose_segments(static_counts, max_segment_frames)[0]
