@@ -187,9 +187,8 @@ class HoliTomConfig(PushToHubMixin):
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(
-                f"HoliTomConfig has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(sorted(known))}"
-            )
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"HoliTomConfig has no field {names}; its fields are {', '.join(sorted(known))}")
         return cls(**values)
 
     @classmethod

@@ -250,7 +250,7 @@ class _Tokens:
 
 
 def _in_order(groups, assigned, segments, ratio, config, newline, newline_if_empty=False) -> MergedVideo:
-    """Puts the groups, which `assigned` numbers, into the sequence's order, with newlines where the grid's rows end."""
+    """Puts the groups, which `assigned` numbers, into the sequence's order, with newlines after the grid's rows."""
     num_frames, tokens_per_frame = assigned.shape
     embeddings = torch.cat([group.embeddings for group in groups])
     frame = torch.cat([group.frame for group in groups])

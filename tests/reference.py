@@ -1,0 +1,244 @@
+"""
+The published method once more, as plain loops over tokens: no cache, no batch, no packing, nothing of holitom_hf.
+
+Slow and simple on purpose: what the package does fast is compared with what is written down here, and this is compared
+with the recorded outputs of the published code.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import LlavaOnevisionForConditionalGeneration
+
+
+def best_gain(similarity: torch.Tensor, threshold: float, longest: int | None) -> int:
+    """Largest total gain of any partition, by trying all of them."""
+    num_frames = similarity.shape[0] + 1
+
+    def gain(start: int, stop: int) -> int:
+        if stop - start < 2:
+            return 0
+        return int((similarity[start : stop - 1] > threshold).all(0).sum()) * (stop - start - 1)
+
+    def best(start: int) -> int:
+        if start == num_frames:
+            return 0
+        limit = num_frames if longest is None else min(num_frames, start + longest)
+        return max(gain(start, stop) + best(stop) for stop in range(start + 1, limit + 1))
+
+    return best(0)
+
+
+def plain_segments(similarity: torch.Tensor, threshold: float, longest: int | None) -> tuple[list, int]:
+    """The dynamic programme as the design states it, ties included."""
+    num_frames = similarity.shape[0] + 1
+    longest = num_frames if longest is None else longest
+    best, choice = [0] * (num_frames + 1), [0] * (num_frames + 1)
+    for stop in range(1, num_frames + 1):
+        best[stop] = -1
+        for length in range(1, min(stop, longest) + 1):
+            start = stop - length
+            static = int((similarity[start : stop - 1] > threshold).all(0).sum()) if length > 1 else 0
+            if best[start] + static * (length - 1) > best[stop]:
+                best[stop], choice[stop] = best[start] + static * (length - 1), length
+    segments, stop = [], num_frames
+    while stop:
+        segments.append((stop - choice[stop], stop))
+        stop -= choice[stop]
+    return segments[::-1], best[num_frames]
+
+
+def plain_clusters(tokens: torch.Tensor, num_clusters: int, neighbors: int, weight: float):
+    """DPC-KNN token by token: (m, D) outputs, the m centres, and the cluster of every token."""
+    n, dim = tokens.shape
+    tokens = tokens.float()
+    distance = torch.stack([torch.linalg.vector_norm(tokens - token, dim=-1) for token in tokens]) / math.sqrt(dim)
+    k = min(neighbors, num_clusters)
+    density = [math.exp(-float(row.sort().values[:k].square().mean())) for row in distance]
+    delta = []
+    for i in range(n):
+        denser = [float(distance[i, j]) for j in range(n) if density[j] > density[i]]
+        delta.append(min(denser) if denser else float(distance.max()))
+    score = [delta[i] * density[i] for i in range(n)]
+    centers = sorted(sorted(range(n), key=lambda i: (-score[i], i))[:num_clusters])
+    cluster = [
+        centers.index(i) if i in centers else min(range(num_clusters), key=lambda c: float(distance[i, centers[c]]))
+        for i in range(n)
+    ]
+    outputs = []
+    for c, center in enumerate(centers):
+        members = [i for i in range(n) if cluster[i] == c and i != center]
+        mean = tokens[members].mean(0) if members else None
+        outputs.append(tokens[center] if mean is None else weight * tokens[center] + (1 - weight) * mean)
+    return torch.stack(outputs), centers, cluster
+
+
+def plain_merge(features: torch.Tensor, importance: torch.Tensor, config, newline: torch.Tensor | None = None):
+    """Stages 1 and 2, one token after another. Returns the embeddings and (frame, position) of each."""
+    num_frames, num_tokens, _ = features.shape
+    similarity = F.cosine_similarity(features[:-1].float(), features[1:].float(), dim=-1)
+    segments, gain = plain_segments(similarity, config.similarity_threshold, config.max_segment_frames)
+    total = num_frames * num_tokens
+    ratio = min(config.retention_ratio / ((total - gain) / total), 1)
+    frames = {f: [] for f in range(num_frames)}
+    outputs = []
+    for start, stop in segments:
+        is_static = [
+            stop - start > 1 and bool((similarity[start : stop - 1, t] > config.similarity_threshold).all())
+            for t in range(num_tokens)
+        ]
+        static = [t for t in range(num_tokens) if is_static[t]]
+        dynamic = [t for t in range(num_tokens) if not is_static[t]]
+        in_segment = []
+        num_clusters = round(len(static) * ratio)
+        if num_clusters:
+            means = torch.stack([features[start:stop, t].mean(0) for t in static])
+            merged, centers, _ = plain_clusters(
+                means, num_clusters, config.cluster_neighbors, config.cluster_center_weight
+            )
+            in_segment += [(merged[i], start, static[c]) for i, c in enumerate(centers)]
+        for f in range(start, stop):
+            kept = math.ceil(len(dynamic) * ratio)
+            num_dominant = round(kept * (1 - config.contextual_ratio))
+            by_importance = sorted(dynamic, key=lambda t: (-float(importance[f, t]), t))
+            dominant = sorted(by_importance[:num_dominant])
+            in_segment += [(features[f, t], f, t) for t in dominant]
+            if kept > num_dominant:
+                others = [t for t in dynamic if t not in dominant]
+                merged, centers, _ = plain_clusters(
+                    features[f, others], kept - num_dominant, config.cluster_neighbors, config.cluster_center_weight
+                )
+                in_segment += [(merged[i], f, others[c]) for i, c in enumerate(centers)]
+        outputs += in_segment
+        for token in in_segment:
+            frames[token[1]].append(token)
+    if config.newline_position == "row":
+        width = math.isqrt(num_tokens)
+        outputs = []
+        for f in range(num_frames):
+            for row in range(width):
+                tokens = sorted((t for t in frames[f] if t[2] // width == row), key=lambda t: t[2])
+                outputs += tokens
+                if tokens:
+                    outputs.append((newline, f, row * width + width - 1))
+    embeddings = torch.stack([token[0].to(features.dtype) for token in outputs])
+    return embeddings, [token[1:] for token in outputs]
+
+
+def plain_inner_merge(hidden: torch.Tensor, importance: torch.Tensor, visual: list[int], ratio: float, fold: bool):
+    """Stage 3 on (N, D), one folding after another. Returns the hidden states and the surviving indices."""
+    num_kept = round(len(visual) * (1 - ratio))
+    kept = sorted(sorted(visual, key=lambda i: (-float(importance[i]), i))[:num_kept])
+    others = [i for i in visual if i not in kept]
+    hidden = hidden.clone()
+    if fold and kept:
+        unit = F.normalize(hidden.float(), dim=-1)
+        targets = [kept[int((unit[kept] @ unit[other]).argmax())] for other in others]
+        for other, target in zip(others, targets):
+            hidden[target] = (hidden[target] + hidden[other]) / 2
+    keep = [i for i in range(len(hidden)) if i not in others]
+    return hidden[keep], keep
+
+
+@dataclass
+class PlainVideo:
+    """A video after stages 1 and 2: its tokens, newline included, and how many placeholders it came with."""
+
+    tokens: torch.Tensor
+    num_slots: int
+
+
+class PlainModel:
+    """Upstream's weights, run without a cache on one row at a time, compressed by the loops above."""
+
+    def __init__(self, model):
+        config = type(model.config).__mro__[1](**model.config.to_dict())
+        config.holitom_config = config.auto_map = None
+        self.upstream = LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="eager")
+        self.upstream.load_state_dict(model.state_dict())
+        self.upstream.to(model.dtype).eval()
+        self.config = self.upstream.config
+
+    def importance(self, video: torch.Tensor) -> torch.Tensor:
+        """(F, T): the last vision layer's attention matrices, averaged over heads and queries, pooled."""
+        tower = self.upstream.model.vision_tower
+        attention = tower(video, output_attentions=True).attentions[-1].float().mean((1, 2))  # (F, P)
+        side = math.isqrt(attention.shape[1])
+        pooled = F.interpolate(attention.view(-1, 1, side, side), size=[math.ceil(side / 2)] * 2, mode="bilinear")
+        return pooled.flatten(1)
+
+    def encode(self, video: torch.Tensor, settings) -> PlainVideo:
+        features = self.upstream.model.get_video_features(video[None]).pooler_output[0]
+        frames, newline = features[:-1].view(len(video), -1, features.shape[-1]), features[-1:]
+        if settings.outer_method == "none" or settings.retention_ratio == 1:
+            return PlainVideo(features, len(features))
+        merged, _ = plain_merge(frames, self.importance(video), settings, newline[0])
+        is_end = settings.newline_position == "end"
+        return PlainVideo(torch.cat([merged, newline]) if is_end else merged, len(features))
+
+    @torch.no_grad()
+    def logits(self, input_ids, videos, settings, prompt_length=None, images=None, encoded=None) -> torch.Tensor:
+        """
+        (L, vocabulary) logits of one row: at a dropped position those of the last token before it that survived.
+
+        `input_ids` (L,), `videos` a list of (F, C, H, W), `images` upstream's keyword arguments for images,
+        `encoded` the videos where a caller has encoded them already.
+        """
+        upstream, length = self.upstream, len(input_ids)
+        embeds = upstream.get_input_embeddings()(input_ids)
+        if images is not None:
+            pictures = torch.cat(upstream.model.get_image_features(**images).pooler_output)
+            embeds = embeds.masked_scatter((input_ids == self.config.image_token_id)[:, None], pictures)
+        encoded = [self.encode(video, settings) for video in videos] if encoded is None else encoded
+        tokens, places, owner, slot, video = [], [], [], 0, 0
+        for place in range(length):
+            if int(input_ids[place]) != self.config.video_token_id:
+                tokens.append(embeds[place])
+                places.append(place)
+                owner.append(None)
+                continue
+            if slot < len(encoded[video].tokens):
+                tokens.append(encoded[video].tokens[slot])
+                places.append(place)
+                owner.append(video)
+            slot += 1
+            if slot == encoded[video].num_slots:
+                slot, video = 0, video + 1
+
+        decoder = upstream.model.language_model
+        hidden = torch.stack(tokens)[None]
+        positions = torch.arange(len(tokens))[None]
+        has_inner = settings.inner_method != "none" and settings.inner_merge_layer and settings.inner_merge_ratio > 0
+        weights = {}
+        for index, layer in enumerate(decoder.layers):
+            if has_inner and index == settings.inner_merge_layer:
+                last = max(i for i, place in enumerate(places) if prompt_length is None or place < prompt_length)
+                attention = weights["last"][0, :, last].float().mean(0)  # (N,)
+                for v in range(len(encoded)):
+                    visual = [i for i, of in enumerate(owner) if of == v]
+                    merged, keep = plain_inner_merge(
+                        hidden[0], attention, visual, settings.inner_merge_ratio, settings.inner_method == "merge"
+                    )
+                    hidden, positions, attention = merged[None], positions[:, keep], attention[keep]
+                    places, owner = [places[i] for i in keep], [owner[i] for i in keep]
+            n = hidden.shape[1]
+            mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
+            handle = layer.self_attn.register_forward_hook(lambda _, __, out: weights.update(last=out[1]))
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=decoder.rotary_emb(hidden, positions))
+            handle.remove()
+        logits = upstream.lm_head(decoder.norm(hidden))[0]
+        fill = [max(max((i for i, p in enumerate(places) if p <= place), default=0), 0) for place in range(length)]
+        return logits[fill]
+
+    @torch.no_grad()
+    def generate(self, input_ids, videos, settings, num_tokens: int, images=None, prompt_length=None):
+        """Greedy: (num_tokens,) ids and (num_tokens, vocabulary) logits; stage 3 asks the prompt's last token."""
+        prompt_length = len(input_ids) if prompt_length is None else prompt_length
+        encoded = [self.encode(video, settings) for video in videos]
+        ids, logits = input_ids, []
+        for _ in range(num_tokens):
+            logits.append(self.logits(ids, videos, settings, prompt_length, images, encoded)[-1])
+            ids = torch.cat([ids, logits[-1].argmax()[None]])
+        return ids[-num_tokens:], torch.stack(logits)
