@@ -123,7 +123,7 @@ def plain_merge(features: torch.Tensor, importance: torch.Tensor, config, newlin
                 outputs += tokens
                 if tokens:
                     outputs.append((newline, f, row * width + width - 1))
-    embeddings = torch.stack([token[0].to(features.dtype) for token in outputs])
+    embeddings = torch.stack([features[0, 0], *(token[0].to(features.dtype) for token in outputs)])[1:]
     return embeddings, [token[1:] for token in outputs]
 
 

@@ -131,6 +131,8 @@ def _pairwise_distance(tokens: torch.Tensor, is_token: torch.Tensor) -> torch.Te
     centered = (tokens - tokens[:, :1]).masked_fill(~valid, 0.0)
     squared_norm = centered.square().sum(-1)
     squared = torch.baddbmm(squared_norm[:, None, :], centered, centered.mT, alpha=-2.0) + squared_norm[:, :, None]
+    # A product need not be symmetric to the last bit, but mutual nearest neighbours must come out equally dense.
+    squared = (squared + squared.mT) / 2
     distance = squared.clamp_min_(0.0).sqrt_() * tokens.shape[-1] ** -0.5
     pair_is_valid = valid & is_token[:, None, :]
     distance = distance.masked_fill(~pair_is_valid, 0.0)

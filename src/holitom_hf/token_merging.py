@@ -273,9 +273,9 @@ def _in_order(groups, assigned, segments, ratio, config, newline, newline_if_emp
         key = torch.cat([group.line for group in groups]) * tokens_per_frame + position
 
     order = key.argsort(stable=True)
-    number = torch.empty_like(order)
+    number = torch.full((len(order) + 1,), -1, device=order.device)  # the last one answers for dropped tokens, -1
     number[order] = torch.arange(len(order), device=order.device)
-    assignment = torch.where(assigned >= 0, number[assigned.clamp_min(0)], -1)
+    assignment = number[assigned]
     return MergedVideo(embeddings[order], segments, ratio, frame[order], position[order], kind[order], assignment)
 
 
