@@ -277,10 +277,6 @@ class HoliTomConfig(PushToHubMixin):
         return {file.stem: file for file in reversed(files)}
 
 
-class HoliTomQwen2Config(Qwen2Config):
-    """A `Qwen2Config` that makes `AutoModel.from_config` build a `HoliTomQwen2Model`; serialized as plain Qwen2."""
-
-
 class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
     """
     `LlavaOnevisionConfig` with the compression settings in `holitom_config`. `model_type` stays `"llava_onevision"`,
@@ -304,8 +300,6 @@ class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
                 "HoliTom merges inside a Qwen2 decoder; this checkpoint's text model is "
                 f"{self.text_config.model_type!r}"
             )
-        if not isinstance(self.text_config, HoliTomQwen2Config):
-            self.text_config = HoliTomQwen2Config(**self.text_config.to_dict())
         self.holitom_config = HoliTomConfig.coerce(self.holitom_config)
         # transformers writes only the entry of the class that is being saved; a checkpoint needs all of them.
         self.auto_map = dict(AUTO_MAP)
@@ -329,4 +323,4 @@ class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-__all__ = ["HoliTomConfig", "HoliTomLlavaOnevisionConfig", "HoliTomQwen2Config"]
+__all__ = ["HoliTomConfig", "HoliTomLlavaOnevisionConfig"]

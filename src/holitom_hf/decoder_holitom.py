@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Qwen2Model
+from transformers import Qwen2Model
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -13,7 +13,6 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_holitom import HoliTomQwen2Config
 from .inner_merging import InnerStage, merge_videos
 from .packed_rows import PackedRows, take_rows
 
@@ -44,8 +43,6 @@ class _KeyRecorder:
 
 class HoliTomQwen2Model(Qwen2Model):
     """`Qwen2Model` with stage 3: from one layer on, videos have fewer tokens (section 3.3)."""
-
-    config: HoliTomQwen2Config
 
     def forward(self, *args, inner_stage: InnerStage | None = None, **kwargs) -> BaseModelOutputWithPast:
         """
@@ -190,7 +187,3 @@ def received_attention(
         is_seen = is_seen & F.pad(attention_mask, (0, num_keys - attention_mask.shape[1]))
     probabilities = scores.masked_fill(~is_seen[:, None, None, :], -torch.inf).softmax(-1)
     return probabilities.mean((1, 2))[:, stage.num_past : stage.num_past + num_new]
-
-
-# LlavaOnevisionModel.__init__ builds its decoder by `AutoModel.from_config`.
-AutoModel.register(HoliTomQwen2Config, HoliTomQwen2Model, exist_ok=True)

@@ -88,6 +88,8 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
     def __init__(self, config: HoliTomLlavaOnevisionConfig):
         config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
         super().__init__(config)
+        # In place of the plain decoder that upstream's __init__ made. (Loading makes both without memory.)
+        self.language_model = HoliTomQwen2Model._from_config(config.text_config)
 
     @merge_with_config_defaults
     @can_return_tuple
