@@ -1,5 +1,6 @@
 """One question about one video, step by step, with what each step took."""
 
+import contextlib
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -7,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from transformers import BatchFeature, TextStreamer
 
-from .configuration_holitom import HoliTomConfig
+from .configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
 from .flops import prefill_flops, tokens_by_layer
 from .modeling_holitom import HoliTomLlavaOnevisionForConditionalGeneration
 from .processing_holitom import HoliTomProcessor
@@ -38,6 +39,7 @@ class Answer:
 
     Attributes:
         text: The answer.
+        prompt_length: Tokens of the uncompressed prompt.
         num_frames: Frames of the video.
         num_segments: Segments that stage 1 found.
         visual_tokens_before: Video tokens of the uncompressed model, the newline included.
@@ -50,6 +52,7 @@ class Answer:
     """
 
     text: str
+    prompt_length: int
     num_frames: int
     num_segments: int
     visual_tokens_before: int
@@ -110,7 +113,7 @@ class Answerer:
         dtype: str = "auto",
     ):
         """
-        Loads model and processor.
+        Loads the processor; the weights follow with `load_model`, so that a bad video is found out before.
 
         Args:
             model: Folder or Hub repository.
@@ -120,23 +123,39 @@ class Answerer:
             dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
 
         Raises:
-            OSError, ValueError: If the checkpoint can't be loaded, or the device or dtype is not known.
+            OSError, ValueError: If the checkpoint can't be read, or the device or dtype is not known.
         """
-        kwargs = {} if settings is None else {"holitom_config": settings}
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
         try:
-            place = device if device == "auto" else {"": torch.device(device)}
+            self.device_map = device if device == "auto" else {"": torch.device(device)}
         except RuntimeError as error:
             raise ValueError(f"there is no device {device!r}: pass auto, cpu, cuda, cuda:1, mps, ...") from error
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU here: pass --device cpu")
-        self.processor = HoliTomProcessor.from_pretrained(model)
-        self.model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
-            model, dtype=dtype, device_map=place, **kwargs
-        ).eval()
+        self.name, self.dtype = model, dtype
+        kwargs = {} if settings is None else {"holitom_config": settings}
+        with self._naming_the_model():
+            self.config = HoliTomLlavaOnevisionConfig.from_pretrained(model, **kwargs)
+            self.processor = HoliTomProcessor.from_pretrained(model)
         if retention_ratio is not None:
-            self.model.config.holitom_config.retention_ratio = retention_ratio
+            self.config.holitom_config.retention_ratio = retention_ratio
+        self.config.holitom_config.check_decoder_depth(self.config.text_config.num_hidden_layers)
+        self.model = None
+
+    def load_model(self) -> None:
+        """Loads the weights."""
+        with self._naming_the_model():
+            self.model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
+                self.name, config=self.config, dtype=self.dtype, device_map=self.device_map
+            ).eval()
+
+    @contextlib.contextmanager
+    def _naming_the_model(self):
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"the model {self.name!r} can't be loaded: {error}") from error
 
     def prepare(self, video: str, question: str, num_frames: int | None = None) -> PreparedQuestion:
         """
@@ -154,7 +173,6 @@ class Answerer:
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         start = time.perf_counter()
         features = self.processor(text=text, videos=video, num_frames=num_frames, return_tensors="pt")
-        features = features.to(self.model.device, self.model.dtype)
         seconds = {"decode": time.perf_counter() - start}
         return PreparedQuestion(features, features["pixel_values_videos"].shape[1], seconds=seconds)
 
@@ -162,6 +180,7 @@ class Answerer:
     def encode(self, question: PreparedQuestion) -> None:
         """Sends the frames through the vision tower."""
         start = time.perf_counter()
+        question.features = question.features.to(self.model.device, self.model.dtype)
         self.model.model.check_placeholders(question.features["input_ids"], question.features["pixel_values_videos"])
         question.encoded = self.model.get_video_features(
             question.features.pop("pixel_values_videos"), vision_batch_size=32, return_dict=True
@@ -201,6 +220,7 @@ class Answerer:
         record = getattr(outputs.past_key_values, "compressed_sequence", None)
         return Answer(
             text=self.processor.decode(tokens, skip_special_tokens=True).strip(),
+            prompt_length=prompt_length,
             num_frames=question.num_frames,
             num_answer_tokens=len(tokens),
             seconds=seconds,

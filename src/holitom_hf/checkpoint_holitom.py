@@ -35,10 +35,10 @@ class HoliTomCheckpointMixin:
             OSError: If the checkpoint, or the base model it names, can't be found or read.
             ValueError: If the base model has another architecture.
         """
-        if isinstance(config, PreTrainedConfig):
-            base, revision = config.holitom_config.base_model_name_or_path, config.holitom_config.base_model_revision
-        else:
-            base, revision = base_model_of(config or pretrained_model_name_or_path, kwargs)
+        if pretrained_model_name_or_path is None:  # weights from `state_dict`
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        # From the file, since settings that replace the checkpoint's say nothing of its weights.
+        base, revision = base_model_of(pretrained_model_name_or_path, kwargs)
         if base is None or _same_place(base, pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 

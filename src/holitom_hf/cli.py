@@ -79,10 +79,11 @@ def answer(
         with step("Loading torch and transformers"):
             from .answering import Answerer, TextPrinter
         _quiet()
-        with step(f"Loading {model}"):
-            answerer = Answerer(model, settings, retention_ratio, device=device, dtype=dtype)
         with step("Decoding the video"):
+            answerer = Answerer(model, settings, retention_ratio, device=device, dtype=dtype)
             inputs = answerer.prepare(video, question, num_frames=frames)
+        with step(f"Loading {model}"):
+            answerer.load_model()
         with step(f"Encoding {inputs.num_frames} frames"):
             answerer.encode(inputs)
         printer = None if as_json else TextPrinter(answerer.processor.tokenizer)

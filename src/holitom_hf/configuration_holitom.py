@@ -304,6 +304,16 @@ class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
         # transformers writes only the entry of the class that is being saved; a checkpoint needs all of them.
         self.auto_map = dict(AUTO_MAP)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Overrides PreTrainedConfig.from_dict: another architecture is an error, not a warning."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"HoliTom needs a {cls.model_type!r} checkpoint (LLaVA-OneVision); this one is {model_type!r}"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def __setattr__(self, key: str, value: Any) -> None:
         # `from_pretrained(..., holitom_config="preset")` assigns after construction.
         if key == "holitom_config" and getattr(self, "_post_init_done", False):

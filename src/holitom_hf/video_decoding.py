@@ -1,7 +1,9 @@
 """A few frames out of a video file with PyAV, by seeking: the time does not grow with the video's length."""
 
 import bisect
+import contextlib
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Callable
@@ -51,7 +53,7 @@ def read_video(
     source, size = _open_source(video, name)
     try:
         with av.open(source) as container:
-            reader = _VideoReader(container, size, name)
+            reader = _VideoReader(container, source, size, name)
             metadata = VideoMetadata(
                 total_num_frames=reader.num_frames,
                 fps=float(reader.rate),
@@ -62,6 +64,7 @@ def read_video(
             )
             indices = np.asarray(sample_indices(metadata), dtype=int)
             frames = reader.frames_at(indices)
+            reader.container.close()
     except av.error.FFmpegError as error:
         raise ValueError(
             f"{name} can't be read as a video: it is no video file, cut off or damaged ({error.strerror})"
@@ -77,14 +80,18 @@ class _VideoReader:
     """
     One video stream, its frames addressed by index.
 
-    Frames are told apart by their time stamps. Where the container lists every frame (MP4, AVI), the list says how
-    many there are, when each is shown and where decoding can start. Elsewhere the first and the last frame are
-    decoded, and the frames between them are taken to be evenly spaced: what a header says of their number is not
-    believed. A stream without time stamps is decoded from the start and counted.
+    Each frame has a stamp that grows from one to the next, and `stamps` lists them for all frames:
+
+    - Where the container lists its frames (MP4, AVI) at even intervals: their presentation times.
+    - Where it lists them at uneven intervals, or knows no presentation times (AVI): their numbers, counted on from the
+      keyframe at which decoding started.
+    - Elsewhere (Matroska, MPEG-TS, fragmented MP4): presentation times, evenly spaced between the first and the last
+      frame, which are decoded to find them. What a header says of the number of frames is not believed.
+    - Without presentation times at all (a bare H.264 stream): the numbers, from the start.
     """
 
-    def __init__(self, container, size: int | None, name: str):
-        self.container, self.name = container, name
+    def __init__(self, container, source, size: int | None, name: str):
+        self.container, self.source, self.name = container, source, name
         # A cover picture is a video stream, too.
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
@@ -93,127 +100,180 @@ class _VideoReader:
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
         self.rate = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate or 25
-        self.period = max(1, round(1 / (self.rate * self.stream.time_base)))  # of one frame, in time stamps
-        self.seek_distance = 2 * self.period  # without a list of keyframes: what seeking has to save to be tried
-        self.seek_margin = 0  # how far before a frame seeking must aim in this container
-        self.keyframes = None
+        self.period = max(1, round(1 / (self.rate * self.stream.time_base)))  # of one frame, in stamps
+        self.is_counted = False
+        self.starts: dict[int, int] | None = None  # stamps at which decoding can start, and where to seek for them
+        self.seek_distance = 2 * self.period  # without `starts`: what seeking has to save to be tried
+        self.seek_margin = 0  # without `starts`: how far before a frame seeking must aim
 
         self.decoder = self._decode()
-        self.current = next(self.decoder, None)
-        if self.current is None:
+        self.stamp, self.frame = next(self.decoder, (None, None))
+        if self.frame is None:
             raise ValueError(f"{name} has no frame that can be decoded: it is empty, cut off or damaged")
-        self.first = self.current.pts
-        index = list(self.stream.index_entries)
-        if size is not None and index and max(entry.pos + entry.size for entry in index) > size:
-            raise ValueError(f"{name} is cut off: its index lists frames beyond its end. Copy or download it again")
-        if self.first is None:
-            self.times = None
+        self._check_whole(size)
+        index = sorted(self.stream.index_entries, key=lambda entry: entry.timestamp)
+        if self.stamp is None:
+            self.is_counted, self.period = True, 1
             self.num_frames = 1 + sum(1 for _ in self.decoder)
-            return
+            self.stamps = list(range(self.num_frames))
+            self._reopen()
         # A count of 0 means that the index covers only what was read so far (fragmented MP4, Matroska).
-        if self.stream.frames > 0 and len(index) > 1:
-            stamps = sorted(entry.timestamp for entry in index)
-            self.times = [self.first + stamp - stamps[0] for stamp in stamps]
-            self.keyframes = sorted(self.first + entry.timestamp - stamps[0] for entry in index if entry.is_keyframe)
+        elif self.stream.frames > 0 and len(index) > 1:
+            self._address_by_index(index)
         else:
-            self.times = self._evenly_spaced_times()
-        self.num_frames = len(self.times)
+            self.stamps = self._evenly_spaced_stamps()
+        self.first, self.num_frames = self.stamps[0], len(self.stamps)
 
     def frames_at(self, indices: np.ndarray) -> torch.Tensor:
         """(F, 3, H, W) uint8."""
-        wanted = sorted(set(indices.tolist()))
-        if self.times is None:
-            self.container.seek(0)
-            counted = zip(range(self.num_frames), self._decode())
-            pictures = {index: _picture(frame) for index, frame in counted if index in wanted}
-        else:
-            pictures = {index: _picture(self._frame_at(self.times[index])) for index in wanted}
+        pictures = {index: _picture(self._frame_at(self.stamps[index])) for index in sorted(set(indices.tolist()))}
         shapes = {tuple(picture.shape[1:]) for picture in pictures.values()}
         if len(shapes) > 1:
             raise ValueError(f"{self.name} changes its size between frames ({shapes}): re-encode it to one size")
         return torch.stack([pictures[index] for index in indices.tolist()])
 
-    def _frame_at(self, time: int):
-        """The frame that is shown at a time stamp."""
+    def _address_by_index(self, index: list) -> None:
+        times = [entry.timestamp for entry in index]
+        is_avi = self.container.format.name == "avi"
+        is_even = all(b - a == times[1] - times[0] for a, b in itertools.pairwise(times))
+        # The index holds decoding times, which run ahead of presentation by as many frames as are reordered.
+        ahead = 0 if is_avi else bisect.bisect_left(times, self.stamp)
+        if is_even and not is_avi:
+            self.stamps = [time + self.stamp - times[0] for time in times]
+        else:
+            self.is_counted, self.period, self.stamp = True, 1, 0
+            self.stamps = list(range(len(index)))
+        self.starts = {
+            self.stamps[number]: times[min(number + ahead, len(times) - 1)]
+            for number, entry in enumerate(index)
+            if entry.is_keyframe
+        }
+
+    def _frame_at(self, stamp: int) -> av.VideoFrame:
+        """The frame of a stamp, or the one that is shown then."""
         slack = self.period // 2
-        if self._is_worth_seeking(time, slack):
-            self._seek(time)
-        while self.current.pts < time - slack:
-            frame = next(self.decoder, None)
-            if frame is None:
-                self._check_end(self.current.pts, time)
+        if self._is_worth_seeking(stamp, slack):
+            self._seek(stamp)
+        while self.stamp < stamp - slack:
+            before = self.frame
+            following = next(self.decoder, None)
+            if following is None:
+                self._check_end(self.stamp, stamp)
                 break
-            before, self.current = self.current, frame
-            if frame.pts > time + slack:
+            self.stamp, self.frame = following
+            if self.stamp > stamp + slack:
                 return before
-        return self.current
+        return self.frame
 
-    def _is_worth_seeking(self, time: int, slack: int) -> bool:
+    def _is_worth_seeking(self, stamp: int, slack: int) -> bool:
         """Whether decoding can start between here and there; else going on is never slower."""
-        position = self.current.pts
-        if time < position - slack:
+        if stamp < self.stamp - slack:
             return True
-        if self.keyframes is not None:
-            place = bisect.bisect_right(self.keyframes, time)
-            return place > 0 and self.keyframes[place - 1] > position
-        return time - position > self.seek_distance
+        if self.starts is not None:
+            start = self._start_before(stamp)
+            return start is not None and start > self.stamp
+        return not self.is_counted and stamp - self.stamp > self.seek_distance
 
-    def _seek(self, time: int) -> None:
-        """Starts to decode at the last keyframe before a time stamp."""
-        was_at = self.current.pts
+    def _start_before(self, stamp: int) -> int | None:
+        place = bisect.bisect_right(list(self.starts), stamp + self.period // 2)
+        return list(self.starts)[place - 1] if place else None
+
+    def _seek(self, stamp: int) -> None:
+        """Starts to decode at the last keyframe before a stamp."""
+        if self.is_counted and self.starts is None:
+            self._reopen()
+        elif self.is_counted:
+            start = self._start_before(stamp)
+            self.container.seek(self.starts[start], stream=self.stream, backward=True)
+            self._restart(start)
+        else:
+            self._seek_time(stamp)
+
+    def _seek_time(self, time: int) -> None:
+        was_at, first = self.stamp, getattr(self, "first", self.stamp)
         while True:
             aim = time - self.seek_margin
-            self.container.seek(aim, stream=self.stream, backward=True)
-            self.decoder = self._decode()
-            frame = next(self.decoder, None)
-            if frame is not None and frame.pts <= max(time, self.first) + self.period // 2:
-                break
+            # Not before the start, nor behind the end: some containers take that for an error.
+            with contextlib.suppress(av.error.PermissionError, av.error.EOFError):
+                self.container.seek(aim, stream=self.stream, backward=True)
+                self._restart()
+                if self.frame is not None and self.stamp <= max(time, first) + self.period // 2:
+                    break
             # An MPEG transport stream lands on the keyframe behind, any container behind its last one.
-            if aim < self.first - SEEK_MARGIN * self.period:
-                raise ValueError(f"{self.name} can't be decoded from its start a second time: it is damaged")
+            if aim < first - SEEK_MARGIN * self.period:
+                self._reopen()
+                break
             self.seek_margin = max(4 * self.period, 4 * self.seek_margin)
-        self.current = frame
-        if frame.pts <= was_at < time:
+        if self.stamp <= was_at < time:
             # Came out before the place it left: keyframes are further apart than this.
-            self.seek_distance = max(self.seek_distance, 2 * (time - frame.pts))
+            self.seek_distance = max(self.seek_distance, 2 * (time - self.stamp))
 
-    def _decode(self):
-        """Frames from where the container stands; broken data ends the video."""
-        start = 0
+    def _restart(self, count_from: int = 0) -> None:
+        self.decoder = self._decode(count_from)
+        self.stamp, self.frame = next(self.decoder, (None, None))
+
+    def _reopen(self) -> None:
+        """Starts over, in containers that can't even seek to their start."""
+        self.container.close()
+        if hasattr(self.source, "seek"):
+            self.source.seek(0)
+        self.container = av.open(self.source)
+        self.stream = self.container.streams[self.stream.index]
+        self.stream.thread_type = "AUTO"
+        self._restart()
+
+    def _decode(self, count_from: int = 0):
+        """Stamps and frames from where the container stands; broken data ends the video."""
         try:
-            for count, frame in enumerate(self.container.decode(self.stream)):
-                # AVI knows no presentation times: all but the keyframes' are guesses, and in disorder.
-                if self.container.format.name == "avi" and frame.pts is not None:
-                    start = frame.pts if count == 0 else start
-                    frame.pts = start + count * self.period
-                yield frame
+            for number, frame in enumerate(self.container.decode(self.stream), start=count_from):
+                yield number if self.is_counted else frame.pts, frame
         except (av.error.EOFError, av.error.InvalidDataError):
             return
 
-    def _evenly_spaced_times(self) -> list[int]:
-        """Time stamps of the frames between the first and the last, which are the only ones that are looked at."""
+    def _evenly_spaced_stamps(self) -> list[int]:
+        """Stamps of the frames between the first and the last, which are the only ones that are looked at."""
+        first = self.stamp
         claimed = self.stream.duration
         if claimed is None and self.container.duration:
             claimed = int(self.container.duration / av.time_base / self.stream.time_base)
+        self.first = first
         if claimed:
-            self._seek(self.first + claimed)
-        last = self.current.pts
-        for frame in self.decoder:
-            last = max(last, frame.pts)
+            self._seek(first + claimed)
+        last = max([self.stamp, *(stamp for stamp, _ in self.decoder)])
         if claimed:
-            self._check_end(last + self.period, self.first + claimed)
-        self._seek(self.first)
-        count = round((last - self.first) * self.stream.time_base * self.rate) + 1
-        return np.linspace(self.first, last, count).round().astype(int).tolist()
+            self._check_end(last + self.period, first + claimed)
+        self._seek(first)
+        count = round((last - first) * self.stream.time_base * self.rate) + 1
+        return np.linspace(first, last, count).round().astype(int).tolist()
+
+    def _check_whole(self, size: int | None) -> None:
+        """Raises a `ValueError` if the container says that there is more than the file holds."""
+        end = max((entry.pos + entry.size for entry in self.stream.index_entries), default=0)
+        if self.container.format.name == "avi":
+            end = _riff_size(self.source)
+        if size is not None and end > size:
+            raise ValueError(f"{self.name} is cut off: it lists frames beyond its end. Copy or download it again")
 
     def _check_end(self, last: int, expected: int) -> None:
-        """Raises a `ValueError` if the video ends at a time stamp much before the expected one."""
+        """Raises a `ValueError` if the video ends at a stamp much before the expected one."""
         if last - self.first < (1 - MISSING_SHARE) * (expected - self.first) - 2 * self.period:
-            seconds = [float((time - self.first) * self.stream.time_base) for time in (expected, last)]
+            share = (last - self.first) / (expected - self.first)
             raise ValueError(
-                f"{self.name} is cut off: it should last {seconds[0]:.1f} s, but its frames end after "
-                f"{seconds[1]:.1f} s. Copy or download it again"
+                f"{self.name} is cut off: its frames end at {share:.0%} of its length. Copy or download it again"
             )
+
+
+def _riff_size(source: str | io.IOBase) -> int:
+    """Size of an AVI file by its own account."""
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            head = file.read(8)
+    else:
+        position = source.tell()
+        source.seek(0)
+        head = source.read(8)
+        source.seek(position)
+    return int.from_bytes(head[4:8], "little") + 8
 
 
 def _picture(frame: av.VideoFrame) -> torch.Tensor:
@@ -263,6 +323,6 @@ def _download(url: str) -> io.IOBase:
                 file.write(chunk)
     except Exception as error:
         file.close()
-        raise OSError(f"the video at {url!r} can't be downloaded: {error}") from error
+        raise OSError(f"the video at {url!r} can't be downloaded: {' '.join(str(error).split())}") from error
     file.seek(0)
     return file
