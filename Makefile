@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
-OLDEST_TRANSFORMERS := 5.23.0
+OLDEST_TRANSFORMERS := 5.21.0
 
 .PHONY: demo test test-oldest lint format clean
 

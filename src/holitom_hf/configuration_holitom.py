@@ -300,7 +300,6 @@ class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
                 "HoliTom merges inside a Qwen2 decoder; this checkpoint's text model is "
                 f"{self.text_config.model_type!r}"
             )
-        self.holitom_config = HoliTomConfig.coerce(self.holitom_config)
         # transformers writes only the entry of the class that is being saved; a checkpoint needs all of them.
         self.auto_map = dict(AUTO_MAP)
 
@@ -315,15 +314,12 @@ class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        # `from_pretrained(..., holitom_config="preset")` assigns after construction.
-        if key == "holitom_config" and getattr(self, "_post_init_done", False):
-            value = HoliTomConfig.coerce(value)
-        super().__setattr__(key, value)
+        super().__setattr__(key, HoliTomConfig.coerce(value) if key == "holitom_config" else value)
 
     def to_dict(self) -> dict[str, Any]:
         """Overrides `PreTrainedConfig.to_dict`: the settings become a dictionary, too."""
         values = super().to_dict()
-        values["holitom_config"] = HoliTomConfig.coerce(self.holitom_config).to_dict()
+        values["holitom_config"] = self.holitom_config.to_dict()
         return values
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):

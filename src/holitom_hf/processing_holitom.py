@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 from transformers.image_processing_utils import BatchFeature
-from transformers.video_utils import VideoMetadata
+from transformers.video_utils import VideoMetadata, make_batched_videos
 
 from .checkpoint_holitom import base_model_of
 from .configuration_holitom import AUTO_MAP, save_remote_code
@@ -168,13 +168,23 @@ class HoliTomProcessor(LlavaOnevisionProcessor):
                 don't match in number.
         """
         if has_video_file(videos):
-            settings = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["videos_kwargs"]
             names = ("num_frames", "fps", "do_sample_frames")
-            videos, metadata = self.video_processor.decode(videos, **{name: settings.get(name) for name in names})
-            for arguments in (kwargs, kwargs.get("videos_kwargs", {})):
-                for name in names:
-                    arguments.pop(name, None)
-            kwargs.update(do_sample_frames=False, video_metadata=metadata)
+            asked = kwargs.get("videos_kwargs", {}) | kwargs
+            videos, metadata = self.video_processor.decode(videos, **{name: asked.get(name) for name in names})
+            kwargs = {name: value for name, value in kwargs.items() if name not in names}
+            if "videos_kwargs" in kwargs:
+                kept = {name: value for name, value in kwargs["videos_kwargs"].items() if name not in names}
+                kwargs["videos_kwargs"] = kept
+            kwargs |= {"do_sample_frames": False, "video_metadata": metadata}
+        if text is not None and videos is not None:
+            samples = [text] if isinstance(text, str) else text
+            num_placeholders = sum(sample.count(self.video_token) for sample in samples)
+            num_videos = len(make_batched_videos(videos))
+            if num_placeholders != num_videos:
+                raise ValueError(
+                    f"the text has {num_placeholders} {self.video_token} for {num_videos} videos: put one into the text "
+                    "for each video"
+                )
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     @classmethod

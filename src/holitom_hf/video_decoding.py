@@ -214,11 +214,12 @@ class _VideoReader:
 
     def _reopen(self) -> None:
         """Starts over, in containers that can't even seek to their start."""
+        index = self.stream.index
         self.container.close()
         if hasattr(self.source, "seek"):
             self.source.seek(0)
         self.container = av.open(self.source)
-        self.stream = self.container.streams[self.stream.index]
+        self.stream = self.container.streams[index]
         self.stream.thread_type = "AUTO"
         self._restart()
 
