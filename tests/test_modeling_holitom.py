@@ -1,5 +1,7 @@
 """The model against upstream's class and against the plain loop."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
@@ -200,7 +202,7 @@ class TestInputs:
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
     def test_every_attention_implementation_keeps_the_same_tokens(self, model, batch, implementation):
         prompts, videos = batch
-        other = type(model)._from_config(model.config, attn_implementation=implementation).eval()
+        other = type(model)._from_config(copy.deepcopy(model.config), attn_implementation=implementation).eval()
         other.load_state_dict(model.state_dict())
         ids, mask = pad_batch(prompts)
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": torch.stack(videos)}

@@ -153,7 +153,7 @@ class TestPrompts:
         assert text == "<|im_start|>user \nWhat happens?<|im_end|><|im_start|>assistant\n"
 
     def test_text_and_videos_must_match_in_number(self, processor, clips):
-        with pytest.raises(ValueError, match="the text has 2 <video> for 1 videos: put one into the text"):
+        with pytest.raises(ValueError, match="the text has 2 <video> for 1 videos: put one into the text for each"):
             processor(text="<video> <video>", videos=str(clips[1]))
 
 

@@ -1,11 +1,20 @@
 """`generate` on videos whose cache is shorter than what the caller counts."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from .compressed_sequence import CompressedSequence
+
+
+logger = logging.get_logger(__name__)
+
+# Of `forward`, besides upstream's.
+OWN_ARGUMENTS = ("holitom_config", "vision_batch_size", "prompt_length")
 
 
 class HoliTomGenerationMixin:
@@ -27,6 +36,23 @@ class HoliTomGenerationMixin:
             inputs_tensor, model_kwargs, *args, **kwargs
         )
         return model_kwargs | {name: value for name, value in kept.items() if value is not None}
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        """Overrides GenerationMixin: an assistant of another kind is spared the arguments that only we take."""
+        if assistant_model is not None and not isinstance(assistant_model, HoliTomGenerationMixin):
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """Overrides GenerationMixin: a prompt with videos is not cut into chunks, since merging needs them whole."""
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        if generation_config.prefill_chunk_size is not None and encoded.get("video") is not None:
+            logger.warning_once("prefill_chunk_size is ignored for prompts with videos: merging needs them whole.")
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
         """Overrides GenerationMixin: what travels with a video's features is repeated for every beam as they are."""

@@ -182,8 +182,8 @@ class HoliTomProcessor(LlavaOnevisionProcessor):
             num_videos = len(make_batched_videos(videos))
             if num_placeholders != num_videos:
                 raise ValueError(
-                    f"the text has {num_placeholders} {self.video_token} for {num_videos} videos: put one into the text "
-                    "for each video"
+                    f"the text has {num_placeholders} {self.video_token} for {num_videos} videos: put one into the "
+                    "text for each video"
                 )
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
