@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def best_gain(similarity: torch.Tensor, threshold: float, longest: int | None) -> int:
@@ -184,7 +185,7 @@ class PlainModel:
         (L, vocabulary) logits of one row: at a dropped position those of the last token before it that survived.
 
         `input_ids` (L,), `videos` a list of (F, C, H, W), `images` upstream's keyword arguments for images,
-        `encoded` the videos where a caller has encoded them already.
+        `encoded` the videos where a caller has encoded them already, `prompt_length` one number or one per video.
         """
         upstream, length = self.upstream, len(input_ids)
         embeds = upstream.get_input_embeddings()(input_ids)
@@ -207,6 +208,7 @@ class PlainModel:
             if slot == encoded[video].num_slots:
                 slot, video = 0, video + 1
 
+        all_places = places
         decoder = upstream.model.language_model
         hidden = torch.stack(tokens)[None]
         positions = torch.arange(len(tokens))[None]
@@ -214,14 +216,18 @@ class PlainModel:
         weights = {}
         for index, layer in enumerate(decoder.layers):
             if has_inner and index == settings.inner_merge_layer:
-                last = max(i for i, place in enumerate(places) if prompt_length is None or place < prompt_length)
-                attention = weights["last"][0, :, last].float().mean(0)  # (N,)
-                for v in range(len(encoded)):
+                everyone = weights["last"][0].float().mean(0)  # (N, N)
+                kept_so_far = list(range(len(places)))
+                ends = prompt_length if isinstance(prompt_length, list) else [prompt_length] * len(encoded)
+                for v, end in enumerate(ends):
+                    last = max(i for i, place in enumerate(all_places) if end is None or place < end)
+                    attention = everyone[last][kept_so_far]
                     visual = [i for i, of in enumerate(owner) if of == v]
                     merged, keep = plain_inner_merge(
                         hidden[0], attention, visual, settings.inner_merge_ratio, settings.inner_method == "merge"
                     )
-                    hidden, positions, attention = merged[None], positions[:, keep], attention[keep]
+                    hidden, positions = merged[None], positions[:, keep]
+                    kept_so_far = [kept_so_far[i] for i in keep]
                     places, owner = [places[i] for i in keep], [owner[i] for i in keep]
             n = hidden.shape[1]
             mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
@@ -242,3 +248,41 @@ class PlainModel:
             logits.append(self.logits(ids, videos, settings, prompt_length, images, encoded)[-1])
             ids = torch.cat([ids, logits[-1].argmax()[None]])
         return ids[-num_tokens:], torch.stack(logits)
+
+
+class PlainGenerator(LlavaOnevisionForConditionalGeneration):
+    """
+    Upstream's `generate` over [`PlainModel`]: every mode of generation without a cache, one row at a time.
+
+    Rows are told apart by how they begin: `prompts` are the (L,) ids without padding, `videos` what each holds.
+    """
+
+    @classmethod
+    def over(cls, plain: PlainModel, prompts, videos, settings, prompt_lengths=None, images=None) -> "PlainGenerator":
+        generator = cls._from_config(plain.config)
+        generator.plain, generator.prompts, generator.settings = plain, prompts, settings
+        generator.videos = [[plain.encode(video, settings) for video in row] for row in videos]
+        generator.prompt_lengths = prompt_lengths or [len(prompt) for prompt in prompts]
+        generator.images = images or [None] * len(prompts)
+        return generator.eval()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        rows = []
+        for row, ids in enumerate(input_ids):
+            real = ids if attention_mask is None else ids[attention_mask[row].bool()]
+            which = next(
+                i for i, prompt in enumerate(self.prompts) if torch.equal(real[: len(prompt)], prompt[: len(real)])
+            )
+            logits = self.plain.logits(
+                real,
+                self.videos[which],
+                self.settings,
+                self.prompt_lengths[which],
+                self.images[which],
+                self.videos[which],
+            )
+            rows.append(F.pad(logits, (0, 0, len(ids) - len(real), 0)))
+        return CausalLMOutputWithPast(logits=torch.stack(rows))
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        return {"input_ids": input_ids, "attention_mask": attention_mask}

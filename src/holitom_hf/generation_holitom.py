@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .compressed_sequence import CompressedSequence
+from .video_placeholders import cached_length
 
 
 logger = logging.get_logger(__name__)
@@ -20,22 +21,35 @@ OWN_ARGUMENTS = ("holitom_config", "vision_batch_size", "prompt_length")
 class HoliTomGenerationMixin:
     """The overrides of `GenerationMixin` that compressed videos need."""
 
-    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
         """
         Overrides GenerationMixin: checks the placeholders before videos are encoded, keeps the settings for `forward`
         that encoding takes too, and notes where the prompt ends, so that stage 3 asks its last token also where the
         first forward pass holds more than the prompt (assisted decoding) or every one does (`use_cache=False`).
         """
         tokens = model_kwargs.get("input_ids", inputs_tensor)
-        is_ids = not torch.is_floating_point(tokens)
-        if model_kwargs.get("pixel_values_videos") is not None:
-            self.model.check_placeholders(tokens if is_ids else None, model_kwargs["pixel_values_videos"])
-        kept = {"holitom_config": model_kwargs.get("holitom_config")}
-        kept["prompt_length"] = model_kwargs.get("prompt_length") or inputs_tensor.shape[1]
-        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, *args, **kwargs
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        # A later turn passes the whole conversation, or its new tokens and a mask of the whole.
+        total = (
+            mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", inputs_tensor.shape[1])
         )
-        return model_kwargs | {name: value for name, value in kept.items() if value is not None}
+        past = CompressedSequence.of(cache, num_new_tokens=2)
+        seen = past.seen_length(cache) if past is not None else cached_length(cache)
+        if model_kwargs.get("pixel_values_videos") is not None:
+            is_ids = tokens.ndim == 2 and tokens.shape[1] > 0
+            new_ids = tokens[:, seen:] if is_ids and tokens.shape[1] == total else tokens
+            self.model.check_placeholders(new_ids if is_ids else None, model_kwargs["pixel_values_videos"])
+        kept = {"prompt_length": total} | {
+            name: model_kwargs[name]
+            for name in ("holitom_config", "prompt_length")
+            if model_kwargs.get(name) is not None
+        }
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+        return model_kwargs | kept
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
         """Overrides GenerationMixin: an assistant of another kind is spared the arguments that only we take."""
@@ -73,7 +87,13 @@ class HoliTomGenerationMixin:
         return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, expand_size, inputs_embeds)
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         """
         Overrides GenerationMixin.prepare_inputs_for_generation: what a compressed cache has seen is more than what it
@@ -82,12 +102,13 @@ class HoliTomGenerationMixin:
         if is_first_iteration and next_sequence_length is not None:
             past = CompressedSequence.of(past_key_values, num_new_tokens=2)
             if past is not None:
-                sequence = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else input_ids
+                sequence = inputs_embeds if inputs_embeds is not None else input_ids
                 next_sequence_length = sequence.shape[1] - past.seen_length(past_key_values)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
