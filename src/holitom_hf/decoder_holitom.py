@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2Model
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -186,4 +188,10 @@ def received_attention(
     if attention_mask is not None:
         is_seen = is_seen & F.pad(attention_mask, (0, num_keys - attention_mask.shape[1]))
     probabilities = scores.masked_fill(~is_seen[:, None, None, :], -torch.inf).softmax(-1)
-    return probabilities.mean((1, 2))[:, stage.num_past : stage.num_past + num_new]
+    importance = probabilities.mean((1, 2))[:, stage.num_past : stage.num_past + num_new]
+    if isinstance(attention.q_proj.weight, DTensor):
+        # Tensor parallel: this process saw its own heads only, and all must choose alike.
+        group = attention.q_proj.weight.device_mesh.get_group()
+        dist.all_reduce(importance := importance.contiguous(), group=group)
+        importance = importance / dist.get_world_size(group)
+    return importance
