@@ -104,3 +104,7 @@ def pad_batch(prompts: list[torch.Tensor], side: str = "left") -> tuple[torch.Te
         place = slice(length - len(prompt), None) if side == "left" else slice(0, len(prompt))
         ids[row, place], mask[row, place] = prompt, 1
     return ids, mask
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-cases", type=int, default=500, help="random cases that tests/test_fuzzing.py tries")
