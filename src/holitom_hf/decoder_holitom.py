@@ -77,6 +77,10 @@ class HoliTomQwen2Model(Qwen2Model):
     ) -> HoliTomDecoderOutput:
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if self.has_sliding_layers:
+            raise ValueError(
+                "stage 3 needs full attention, this decoder has sliding windows: set inner_merge_layer=None"
+            )
         first_inner, merges = inner_stage.layer, inner_stage.videos is not None
 
         hidden_states = inputs_embeds

@@ -115,9 +115,8 @@ def _merge_holitom(features, importance, config, newline) -> MergedVideo:
     ratio = min(config.retention_ratio / ((num_tokens - gain) / num_tokens), 1)
 
     lengths = [stop - start for start, stop in segments]
-    num_static = [
-        int(static_counts[stop - 2, stop - start - 1]) if stop - start > 1 else 0 for start, stop in segments
-    ]
+    table = static_counts.numpy()
+    num_static = [int(table[stop - 2, stop - start - 1]) if stop - start > 1 else 0 for start, stop in segments]
     segment_of_frame = torch.repeat_interleave(
         torch.arange(len(segments), device=device), torch.tensor(lengths, device=device), output_size=num_frames
     )

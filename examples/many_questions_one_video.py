@@ -1,0 +1,47 @@
+"""
+One video, many questions: the video is decoded, encoded and prefilled once, and every question starts from a copy of
+the cache.
+
+    python examples/many_questions_one_video.py VIDEO MODEL "What happens?" "How many people?" ...
+
+Stage 3 keeps what the last token of the shared prefix attends to, since no question is known yet.
+"""
+
+import copy
+import sys
+import time
+
+import torch
+from transformers import DynamicCache
+
+from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
+
+
+@torch.inference_mode()
+def main(video: str, name: str, *questions: str) -> None:
+    processor = HoliTomProcessor.from_pretrained(name)
+    model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(name, dtype="auto", device_map="auto").eval()
+
+    start = time.perf_counter()
+    prefix = processor(text="<|im_start|>user <video>\n", videos=video, return_tensors="pt")
+    prefix = prefix.to(model.device, model.dtype)
+    cache = DynamicCache(config=model.config)
+    model(**prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    print(f"{time.perf_counter() - start:.2f} s for the video, once")
+
+    for question in questions:
+        start = time.perf_counter()
+        text = f"{question}<|im_end|><|im_start|>assistant\n"
+        new = processor.tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        ids = torch.cat([prefix["input_ids"], new], dim=1)
+        output = model.generate(
+            input_ids=ids, past_key_values=copy.deepcopy(cache), max_new_tokens=64, do_sample=False
+        )
+        answer = processor.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        print(f"{time.perf_counter() - start:.2f} s  {question}  {answer.strip()}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
