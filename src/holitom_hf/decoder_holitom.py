@@ -93,7 +93,7 @@ class HoliTomQwen2Model(Qwen2Model):
             if layer_idx == first_inner:
                 if merges:
                     hidden_states, survivors = merge_videos(hidden_states, importance, inner_stage)
-                    position_ids = position_ids.gather(1, survivors.index)
+                    position_ids = position_ids.to(hidden_states.device).gather(1, survivors.index)
                     position_embeddings = self.rotary_emb(hidden_states, position_ids)
                 # Survivors keep their position ids, which have gaps then: an attention function that sees them would
                 # take one row for several packed ones. Only the rotation above needs them.
@@ -143,7 +143,8 @@ def _inner_attention_mask(stage: InnerStage, survivors: PackedRows | None) -> to
     """2D mask of the positions that the layers of stage 3 hold, with those of this call; `None` if all are real."""
     if not (stage.is_padded or (survivors is not None and survivors.is_padded)):
         return None
-    return torch.cat([stage.past_mask, stage.mask if survivors is None else survivors.mask], dim=1)
+    mask = stage.mask if survivors is None else survivors.mask
+    return torch.cat([stage.past_mask.to(mask.device), mask], dim=1)
 
 
 @torch.no_grad()
@@ -174,9 +175,10 @@ def received_attention(
     attention = layer.self_attn
     batch_size, num_new, _ = hidden_states.shape
     shape = (batch_size, -1, attention.head_dim)
-    query = stage.query[:, None]  # (B, 1)
     normed = layer.input_layernorm(hidden_states)
-    cos, sin = (values.expand(batch_size, -1, -1) for values in position_embeddings)
+    # Where this layer lies: with a device_map that need not be where the prompt came in.
+    query = stage.query[:, None].to(normed.device)  # (B, 1)
+    cos, sin = (values.to(normed.device).expand(batch_size, -1, -1) for values in position_embeddings)
 
     queries = attention.q_proj(take_rows(normed, query)).view(shape)[:, :, None]  # (B, H, 1, d)
     queries, _ = apply_rotary_pos_emb(queries, queries, take_rows(cos, query), take_rows(sin, query))
@@ -190,7 +192,7 @@ def received_attention(
     # The token sees what is not after it; in a static cache there are unused places, too.
     is_seen = torch.arange(num_keys, device=keys.device) <= query + stage.num_past  # (B, S)
     if attention_mask is not None:
-        is_seen = is_seen & F.pad(attention_mask, (0, num_keys - attention_mask.shape[1]))
+        is_seen = is_seen & F.pad(attention_mask.to(is_seen.device), (0, num_keys - attention_mask.shape[1]))
     probabilities = scores.masked_fill(~is_seen[:, None, None, :], -torch.inf).softmax(-1)
     importance = probabilities.mean((1, 2))[:, stage.num_past : stage.num_past + num_new]
     if isinstance(attention.q_proj.weight, DTensor):

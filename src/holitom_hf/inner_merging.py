@@ -162,11 +162,13 @@ def merge_videos(
 
     Source: section 3.3, for each video of each row as in [`merge_hidden_states`].
     """
-    survives = stage.mask.clone()
+    device = hidden_states.device
+    survives = stage.mask.to(device, copy=True)
     num_left = list(stage.num_real)
     rows, columns, merged = [], [], []
     for row, videos in enumerate(stage.videos):
         for positions in videos:
+            positions = positions.to(device)
             num_kept = num_inner_kept(len(positions), stage.merge_ratio)
             kept, folded = choose_survivors(importance[row, positions], num_kept)
             survives[row, positions[folded]] = False

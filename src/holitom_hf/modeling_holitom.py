@@ -24,7 +24,14 @@ from .generation_holitom import HoliTomGenerationMixin
 from .inner_merging import InnerStage
 from .packed_rows import PackedRows, take_rows
 from .token_merging import MergedVideo, merge_video_tokens
-from .video_placeholders import assign_videos, cached_length, check_mask, check_position_ids, token_positions
+from .video_placeholders import (
+    assign_videos,
+    cached_length,
+    check_mask,
+    check_position_ids,
+    last_real,
+    token_positions,
+)
 from .vision_importance import vision_importance
 
 
@@ -143,11 +150,13 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
         past = CompressedSequence.of(past_key_values, num_new)
         if past is not None:
             past = past.for_batch(batch_size)
-        if isinstance(attention_mask, torch.Tensor) and (pixel_values_videos is not None or past is not None):
+        mm_encoder_outputs = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
+        has_video = pixel_values_videos is not None or mm_encoder_outputs.get("video") is not None
+        is_plain = past is None and (settings.is_identity or not has_video)
+        if isinstance(attention_mask, torch.Tensor) and not is_plain:
             seen = past.seen_length(past_key_values) if past is not None else cached_length(past_key_values)
             check_mask(attention_mask, (batch_size, seen + num_new))
 
-        mm_encoder_outputs = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
         if pixel_values_videos is not None:
             if mm_encoder_outputs.get("video") is not None:
                 raise ValueError("pass either pixel_values_videos or mm_encoder_outputs['video'], not both")
@@ -174,7 +183,7 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
 
         video, image = mm_encoder_outputs.get("video"), mm_encoder_outputs.get("image")
         decoder_kwargs = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
-        if past is None and (video is None or settings.is_identity):
+        if is_plain:
             if video is not None and not isinstance(video.pooler_output, torch.Tensor):
                 mm_encoder_outputs["video"] = BaseModelOutputWithPooling(
                     pooler_output=torch.cat(video.pooler_output)[None]
@@ -220,8 +229,6 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
         outer_mask = inner_mask = None
         if isinstance(attention_mask, dict):
             outer_mask = attention_mask
-        elif attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("a cache of compressed videos needs a 2D attention_mask of the full length, or none")
         elif past.is_padded or attention_mask is not None or position_ids is None:
             num_after = past.seen_length(decoder_kwargs["past_key_values"]) - past.full_length + num_new
             total = past.including(num_after, attention_mask)
@@ -309,10 +316,8 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
                 stage.videos = token_positions(packed_video_mask, videos_of_row, num_tokens)
                 stage.merge_ratio, stage.fold = settings.inner_merge_ratio, settings.inner_method == "merge"
                 stage.num_real, stage.padding_side = packed.num_kept, packed.padding_side
-                last = num_new if prompt_length is None else prompt_length - past.full_length
-                is_prompt = is_real & (torch.arange(num_new, device=device) < last)
-                last_of_prompt = num_new - 1 - is_prompt.flip(1).to(torch.int8).argmax(1)
-                stage.query = packed.last_kept.gather(1, last_of_prompt[:, None])[:, 0]
+                num_prompt = num_new if prompt_length is None else prompt_length - past.full_length
+                stage.query = packed.last_kept.gather(1, last_real(is_real, num_prompt))[:, 0]
             decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
         outputs = self.language_model(
             inputs_embeds=packed_embeds,
@@ -324,6 +329,7 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
         survivors = getattr(outputs, "survivors", None)
         output_index, inner_mask, inner_keep = packed.last_kept, packed.mask, None
         if survivors is not None:
+            survivors = survivors.to(device)
             output_index = survivors.last_kept.gather(1, output_index)
             inner_mask = survivors.mask
             inner_keep = [
@@ -611,9 +617,10 @@ class HoliTomLlavaOnevisionForConditionalGeneration(
         if index is None:
             return self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         is_whole = isinstance(logits_to_keep, int) and not 0 < logits_to_keep < hidden_states.shape[1]
-        wanted = slice_logits_to_keep(index[..., None], logits_to_keep)[..., 0]
+        wanted = slice_logits_to_keep(index[..., None], logits_to_keep)[..., 0].to(hidden_states.device)
         if is_whole:
-            return take_rows(self.lm_head(hidden_states), wanted)
+            logits = self.lm_head(hidden_states)
+            return take_rows(logits, wanted.to(logits.device))
         if wanted.ndim == 1:  # a boolean selection, which is flat
             raise ValueError("a boolean logits_to_keep is not supported with compressed videos: pass positions")
         return self.lm_head(take_rows(hidden_states, wanted))

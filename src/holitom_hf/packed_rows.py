@@ -1,6 +1,6 @@
 """Rows of a batch made as short as the longest of them, after some of their entries were dropped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,6 +40,12 @@ class PackedRows:
         mask = (place >= first) & (place < first + count)
         last_kept = first + (keep.cumsum(1) - 1).clamp_min(0)
         return cls(index, mask, num_kept, padding_side, last_kept.clamp_max(longest - 1))
+
+    def to(self, device: torch.device) -> "PackedRows":
+        """The same on another device, for decoders whose layers lie on several."""
+        return replace(
+            self, index=self.index.to(device), mask=self.mask.to(device), last_kept=self.last_kept.to(device)
+        )
 
     @property
     def is_padded(self) -> bool:

@@ -59,6 +59,13 @@ def assign_videos(num_placeholders: list[int], num_slots: list[int]) -> list[lis
     return rows
 
 
+def last_real(is_real: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, 1) int64: the last real one of the first `length` positions of every row of `is_real` (B, L) bool."""
+    num_positions = is_real.shape[1]
+    is_candidate = is_real & (torch.arange(num_positions, device=is_real.device) < length)
+    return num_positions - 1 - is_candidate.flip(1).to(torch.int8).argmax(1, keepdim=True)
+
+
 def token_positions(
     video_mask: torch.Tensor, videos_of_row: list[list[int]], num_tokens: list[int]
 ) -> list[list[torch.Tensor]]:
