@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import QuantoConfig
+from transformers import BitsAndBytesConfig, QuantoConfig
 
 from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration
 
@@ -63,16 +63,20 @@ def test_dtypes(model, checkpoint, inputs, dtype):
     assert torch.nn.functional.cosine_similarity(ours.float(), exact, dim=-1).mean() > 0.95
 
 
-def test_int8_weights(model, checkpoint, inputs):
-    pytest.importorskip("optimum.quanto")
-    loaded = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
-        checkpoint, quantization_config=QuantoConfig(weights="int8")
-    )
-    projection = loaded.model.language_model.layers[1].self_attn.q_proj
-    assert type(projection).__name__ == "QLinear"
+INT8 = {
+    "quanto": (QuantoConfig(weights="int8"), "QLinear"),
+    "bitsandbytes": (BitsAndBytesConfig(load_in_8bit=True), "Linear8bitLt"),
+}
+
+
+@pytest.mark.parametrize("library", INT8)
+def test_int8_weights(model, checkpoint, inputs, library):
+    config, linear = INT8[library]
+    loaded = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint, quantization_config=config)
+    assert type(loaded.model.language_model.layers[1].self_attn.q_proj).__name__ == linear
     with torch.no_grad():
         ours, exact = loaded(**inputs).logits, model(**inputs).logits
-    assert torch.nn.functional.cosine_similarity(ours, exact, dim=-1).mean() > 0.95
+    assert torch.nn.functional.cosine_similarity(ours.float(), exact, dim=-1).mean() > 0.95
     assert loaded.generate(**inputs, max_new_tokens=5).shape[1] == inputs["input_ids"].shape[1] + 5
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import PushToHubMixin, logging
+from huggingface_hub import HfApi
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .model_card_holitom import model_card
 
@@ -108,28 +110,46 @@ class HoliTomCheckpointMixin:
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), config_only=True, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, config_only: bool = False, **kwargs) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        config_only: bool = False,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs,
+    ) -> str:
         """
-        Overrides PushToHubMixin.push_to_hub.
+        Overrides PushToHubMixin.push_to_hub: one commit with settings, code and a model card of ours, and the weights
+        unless told otherwise. A model card that the repository already has stays.
 
         Args:
             repo_id: Repository to upload to, made if missing.
             config_only: Upload no weights, see `save_pretrained`.
-            kwargs: As upstream.
+            The rest: as upstream.
+
+        Returns:
+            The commit's address.
         """
-        if config_only:
-            return _ConfigOnlyModel(self).push_to_hub(repo_id, **kwargs)
-        return PreTrainedModel.push_to_hub(self, repo_id, **kwargs)
-
-
-class _ConfigOnlyModel(PushToHubMixin):
-    """A model as `push_to_hub` sees it when its weights stay where they are."""
-
-    def __init__(self, model: HoliTomCheckpointMixin):
-        self.model = model
-
-    def save_pretrained(self, save_directory, **kwargs):
-        self.model.save_pretrained(save_directory, config_only=True)
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, config_only=config_only, **kwargs)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            card = Path(folder) / "README.md"
+            if api.file_exists(repo_id, "README.md", revision=revision):
+                card.unlink(missing_ok=True)
+            elif not card.exists():
+                card.write_text(model_card(self.config.holitom_config, is_config_only=False), encoding="utf-8")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload HoliTom model",
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 def base_model_of(checkpoint: str | os.PathLike, kwargs: dict) -> tuple[str | None, str | None]:
