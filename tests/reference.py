@@ -170,6 +170,7 @@ class PlainModel:
         pooled = F.interpolate(attention.view(-1, 1, side, side), size=[math.ceil(side / 2)] * 2, mode="bilinear")
         return pooled.flatten(1)
 
+    @torch.no_grad()
     def encode(self, video: torch.Tensor, settings) -> PlainVideo:
         features = self.upstream.model.get_video_features(video[None]).pooler_output[0]
         frames, newline = features[:-1].view(len(video), -1, features.shape[-1]), features[-1:]

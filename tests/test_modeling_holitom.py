@@ -157,6 +157,31 @@ class TestAgainstThePlainLoop:
             expected = plain.logits(prompts[row], its_videos, settings)
             torch.testing.assert_close(real(logits[row], mask[row]), expected, atol=1e-5, rtol=1e-5)
 
+    def test_rows_with_an_image_two_videos_text_and_both_in_one_batch(self, model, plain, settings):
+        image = f"image:{2 * 64 + 8}"
+        prompts = [
+            make_prompt(2, image, 6),
+            make_prompt(1, "video:3", 2, "video:5", 4),
+            make_prompt(9),
+            make_prompt(2, "video:4", 3, image, 5),
+        ]
+        videos = [[], [make_video(3, seed=51), make_video(5, seed=52)], [], [make_video(4, seed=53)]]
+        pixels = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(54))
+        sizes = torch.tensor([[32, 32]])
+        images = [{"pixel_values": picture[None], "image_sizes": sizes} for picture in pixels]
+        ids, mask = pad_batch(prompts)
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                pixel_values=pixels,
+                image_sizes=sizes.expand(2, -1),
+                pixel_values_videos=[video for row in videos for video in row],
+            ).logits
+        for row, its_images in enumerate([images[0], None, None, images[1]]):
+            expected = plain.logits(prompts[row], videos[row], settings, images=its_images)
+            torch.testing.assert_close(real(logits[row], mask[row]), expected, atol=1e-5, rtol=1e-5)
+
     def test_videos_of_different_numbers_of_frames(self, model, plain, settings):
         prompts = [make_prompt(3, "video:3", 4), make_prompt(2, "video:7", 4)]
         videos = [make_video(3, seed=10), make_video(7, seed=11)]

@@ -4,10 +4,12 @@ import numpy as np
 import torch
 
 
-# Frames compared at once: bounds the float32 copies of half-precision features.
-FRAMES_PER_CHUNK = 64
+# Bytes of the products that exist at once: few enough for a processor's cache, many enough to fill a GPU.
+PRODUCT_BYTES = {"cpu": 4 * 2**20}
+PRODUCT_BYTES_ELSEWHERE = 512 * 2**20
 
 
+@torch.no_grad()
 def frame_similarity(features: torch.Tensor) -> torch.Tensor:
     """
     Cosine similarity of every token with the token at the same place in the next frame.
@@ -16,18 +18,27 @@ def frame_similarity(features: torch.Tensor) -> torch.Tensor:
         features: (F, T, D) pooled, projected features of F frames; any floating dtype.
 
     Returns:
-        (F-1, T) float32.
+        (F-1, T) float32, without gradient: it only decides.
 
     Source: section 3.1, equation for the token-wise similarity of adjacent frames.
     """
-    num_frames, num_tokens, _ = features.shape
-    chunks = []
-    for start in range(0, num_frames - 1, FRAMES_PER_CHUNK):
-        frames = features[start : min(start + FRAMES_PER_CHUNK + 1, num_frames)].float()
-        norms = torch.linalg.vector_norm(frames, dim=-1).clamp_min(1e-8)  # (f+1, T)
-        products = torch.linalg.vecdot(frames[:-1], frames[1:])  # (f, T)
-        chunks.append(products / (norms[:-1] * norms[1:]))
-    return torch.cat(chunks) if chunks else features.new_zeros((0, num_tokens), dtype=torch.float32)
+    num_frames, num_tokens, dim = features.shape
+    budget = PRODUCT_BYTES.get(features.device.type, PRODUCT_BYTES_ELSEWHERE)
+    frames_at_once = max(1, budget // (4 * num_tokens * dim))
+    norms = features.new_empty((num_frames, num_tokens), dtype=torch.float32)
+    similarity = features.new_empty((max(num_frames - 1, 0), num_tokens), dtype=torch.float32)
+    product = features.new_empty((min(frames_at_once, num_frames), num_tokens, dim), dtype=torch.float32)
+    for start in range(0, num_frames, frames_at_once):
+        stop = min(start + frames_at_once, num_frames)
+        torch.linalg.vector_norm(features[start:stop], dim=-1, dtype=torch.float32, out=norms[start:stop])
+        first = max(start - 1, 0)  # pairs (first, first + 1) ... (stop - 2, stop - 1)
+        pairs = slice(first, stop - 1)
+        if num_pairs := stop - 1 - first:
+            frames = features[first:stop].float()
+            torch.mul(frames[:-1], frames[1:], out=product[:num_pairs])
+            torch.sum(product[:num_pairs], dim=-1, out=similarity[pairs])
+    norms.clamp_min_(1e-8)
+    return similarity.div_(norms[:-1] * norms[1:])
 
 
 def similarity_runs(similarity: torch.Tensor, threshold: float) -> torch.Tensor:
