@@ -78,7 +78,7 @@ def test_a_similarity_equal_to_the_threshold_does_not_count_as_alike():
     assert segment_frames(torch.full((3, 5), 0.7500001), 0.75) == [(0, 4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_similarity_is_computed_in_float32_whatever_the_dtype(dtype):
     features = torch.randn(130, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = torch.nn.functional.cosine_similarity(features[:-1].double(), features[1:].double(), dim=-1)

@@ -30,13 +30,12 @@ def frame_similarity(features: torch.Tensor) -> torch.Tensor:
     product = features.new_empty((min(frames_at_once, num_frames), num_tokens, dim), dtype=torch.float32)
     for start in range(0, num_frames, frames_at_once):
         stop = min(start + frames_at_once, num_frames)
-        torch.linalg.vector_norm(features[start:stop], dim=-1, dtype=torch.float32, out=norms[start:stop])
         first = max(start - 1, 0)  # pairs (first, first + 1) ... (stop - 2, stop - 1)
-        pairs = slice(first, stop - 1)
-        if num_pairs := stop - 1 - first:
-            frames = features[first:stop].float()
+        frames = features[first:stop].float()
+        norms[start:stop] = torch.linalg.vector_norm(frames[start - first :], dim=-1)
+        if num_pairs := len(frames) - 1:
             torch.mul(frames[:-1], frames[1:], out=product[:num_pairs])
-            torch.sum(product[:num_pairs], dim=-1, out=similarity[pairs])
+            torch.sum(product[:num_pairs], dim=-1, out=similarity[first : stop - 1])
     norms.clamp_min_(1e-8)
     return similarity.div_(norms[:-1] * norms[1:])
 
