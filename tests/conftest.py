@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
@@ -9,8 +11,15 @@ from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaO
 from .reference import PlainModel
 
 
+# The same cases in every run, however slow the machine; `--fuzz-cases` other than the default draws new ones.
+hypothesis_settings.register_profile(
+    "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("suite")
+
 IMAGE_TOKEN, VIDEO_TOKEN, PAD = 118, 119, 0
 SIDE, TOKENS_PER_FRAME = 32, 16
+FUZZ_CASES = 500
 SMALL = {
     "vision_config": {
         "model_type": "siglip_vision_model",
@@ -107,4 +116,6 @@ def pad_batch(prompts: list[torch.Tensor], side: str = "left") -> tuple[torch.Te
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz-cases", type=int, default=500, help="random cases that tests/test_fuzzing.py tries")
+    parser.addoption(
+        "--fuzz-cases", type=int, default=FUZZ_CASES, help="random cases that tests/test_fuzzing.py tries"
+    )

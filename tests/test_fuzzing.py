@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
 
+from .conftest import FUZZ_CASES
 from .reference import PlainModel
 
 
@@ -133,9 +134,12 @@ def check_case(grid, rows, config, side, change, seed):
 
 
 def test_random_cases_agree_with_the_plain_loop(request):
+    num_cases = request.config.getoption("--fuzz-cases")
+
     @settings(
-        max_examples=request.config.getoption("--fuzz-cases"),
+        max_examples=num_cases,
         deadline=None,
+        derandomize=num_cases == FUZZ_CASES,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
