@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m holitom_hf.demo $(DEMO)
-	$(BIN)/holitom-hf answer $(DEMO)/clip.mp4 "What happens in the video?" --model $(DEMO)/model --max-new-tokens 24
+	$(BIN)/holitom-hf answer $(DEMO)/clip.mp4 "How many shapes are there?"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

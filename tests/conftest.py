@@ -7,6 +7,8 @@ from hypothesis import settings as hypothesis_settings
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
+from holitom_hf.demo import write_clip
+from holitom_hf.tiny_model import tiny_model, tiny_processor
 
 from .reference import PlainModel
 
@@ -79,6 +81,17 @@ def upstream(model) -> LlavaOnevisionForConditionalGeneration:
 @pytest.fixture(scope="session")
 def plain(model) -> PlainModel:
     return PlainModel(model)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A folder with clip.mp4 and a model of the bundled one's architecture with random weights."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_clip(folder / "clip.mp4")
+    processor = tiny_processor(num_frames=32)
+    processor.save_pretrained(folder / "model")
+    tiny_model(processor.tokenizer).save_pretrained(folder / "model")
+    return folder
 
 
 def make_video(num_frames: int, seed: int, num_scenes: int = 2, change: float = 0.2) -> torch.Tensor:

@@ -18,7 +18,7 @@ from holitom_hf import (
     HoliTomQwen2Model,
 )
 from holitom_hf.configuration_holitom import AUTO_MAP, REMOTE_CODE_FILES
-from holitom_hf.demo import small_processor
+from holitom_hf.tiny_model import tiny_processor
 
 from .conftest import make_prompt, make_video
 
@@ -33,7 +33,7 @@ def checkpoint(model, tmp_path_factory) -> Path:
     """A folder with model and processor, as a user saves them."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
-    small_processor(side=32, patch=4).save_pretrained(folder)
+    tiny_processor(side=32, patch=4, num_frames=32).save_pretrained(folder)
     return folder
 
 
@@ -178,7 +178,7 @@ class TestWithoutThePackage:
     def test_auto_classes_give_ours_with_remote_code(self, model, checkpoint, tmp_path, inputs):
         from holitom_hf.demo import write_clip
 
-        write_clip(tmp_path / "clip.mp4", num_frames=8, side=64)
+        write_clip(tmp_path / "clip.mp4", num_frames=16, side=112)
         report = self.run(checkpoint, tmp_path, inputs, "trust")
         name = "HoliTomLlavaOnevisionForConditionalGeneration"
         assert report["config"] == "HoliTomLlavaOnevisionConfig"
@@ -206,7 +206,7 @@ class TestConfigOnly:
     def base(self, upstream, tmp_path_factory):
         folder = tmp_path_factory.mktemp("base")
         upstream.save_pretrained(folder)
-        small_processor(side=32, patch=4).save_pretrained(folder)
+        tiny_processor(side=32, patch=4, num_frames=32).save_pretrained(folder)
         return folder
 
     def make(self, base, folder, **settings):
@@ -230,7 +230,7 @@ class TestConfigOnly:
     def test_auto_classes_load_it_without_the_package(self, model, base, tmp_path, inputs):
         from holitom_hf.demo import write_clip
 
-        write_clip(tmp_path / "clip.mp4", num_frames=8, side=64)
+        write_clip(tmp_path / "clip.mp4", num_frames=16, side=112)
         report = TestWithoutThePackage().run(self.make(base, tmp_path / "small"), tmp_path, inputs, "trust")
         expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert report["tokens"] == expected.tolist()
@@ -301,6 +301,6 @@ class TestConfigOnly:
         (trap / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w').close()\nclass Evil: pass\n")
         from holitom_hf.demo import write_clip
 
-        write_clip(tmp_path / "clip.mp4", num_frames=8, side=64)
+        write_clip(tmp_path / "clip.mp4", num_frames=16, side=112)
         TestWithoutThePackage().run(self.make(trap, tmp_path / "small"), tmp_path, inputs, "trust")
         assert not (tmp_path / "trace").exists()

@@ -41,7 +41,7 @@ OUT_OF_RANGE = [
     ("contextual_ratio", 1.1, "[0, 1]"),
     ("inner_merge_layer", 0, "an integer >= 1 or None"),
     ("inner_merge_ratio", 1.0, "0 <= r < 1"),
-    ("outer_method", "fastv", "'holitom', 'visionzip', 'none'"),
+    ("outer_method", "fastv", "'visionzip', 'frame_subsampling', 'random_tokens', 'average_pooling', 'none'"),
     ("inner_method", "fold", "'merge', 'prune', 'none'"),
     ("newline_position", "column", "'end', 'row'"),
 ]

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import CompileConfig
 
-from holitom_hf.demo import small_tokenizer
+from holitom_hf.tiny_model import tiny_tokenizer
 
 from .conftest import SMALL, make_prompt, make_video, pad_batch
 from .reference import PlainGenerator
@@ -153,7 +153,7 @@ class TestOptions:
         outputs = model.generate(**single, do_sample=False, max_new_tokens=NEW, eos_token_id=end, pad_token_id=0)
         stop = tokens.tolist().index(end) + 1
         assert torch.equal(outputs[0, PROMPTS[0].shape[0] :], tokens[:stop])
-        tokenizer = small_tokenizer()
+        tokenizer = tiny_tokenizer()
         text = tokenizer.decode(tokens[2:4])
         outputs = model.generate(
             **single, do_sample=False, max_new_tokens=NEW, stop_strings=[text], tokenizer=tokenizer

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from holitom_hf import HoliTomConfig
-from holitom_hf.demo import small_processor
+from holitom_hf.tiny_model import tiny_processor
 
 from .conftest import make_prompt, make_video
 from .hub import LoopbackHub
@@ -45,7 +45,7 @@ print("REPORT" + json.dumps([type(model).__name__, type(processor).__name__, tok
 
 def test_settings_models_and_config_only_checkpoints_go_through_the_hub(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    small_processor(side=32, patch=4).save_pretrained(tmp_path / "model")
+    tiny_processor(side=32, patch=4, num_frames=32).save_pretrained(tmp_path / "model")
     inputs = {"input_ids": make_prompt(3, "video:5", 6)[None], "pixel_values_videos": make_video(5, seed=1)[None]}
     torch.save(inputs, tmp_path / "inputs.pt")
     with LoopbackHub() as hub:

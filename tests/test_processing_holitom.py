@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
 from holitom_hf import HoliTomProcessor, HoliTomVideoProcessor
-from holitom_hf.demo import CHAT_TEMPLATE, small_model, small_processor
+from holitom_hf.tiny_model import CHAT_TEMPLATE, tiny_model, tiny_processor
 
 from .videos import write_video
 
@@ -17,7 +17,7 @@ TOKENS_PER_FRAME = 16
 
 @pytest.fixture(scope="module")
 def processor() -> HoliTomProcessor:
-    return small_processor(side=32, patch=4)
+    return tiny_processor(side=32, patch=4, num_frames=32)
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +188,8 @@ class TestSaving:
 
 
 def test_from_a_file_to_an_answer(clips):
-    processor = small_processor()
-    model = small_model(processor.tokenizer)
+    processor = tiny_processor()
+    model = tiny_model(processor.tokenizer)
     inputs = processor(
         text=["<video> What?", "<video> And this?"],
         videos=[str(clips[0]), str(clips[1])],

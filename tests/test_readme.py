@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from holitom_hf import HoliTomConfig
 from holitom_hf.cli import app
-from holitom_hf.demo import main as write_demo
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -19,17 +18,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    write_demo(folder)
+@pytest.fixture(scope="module", autouse=True)
+def preset(demo):
     # A checkpoint on the Hub is upstream's: whole, and without settings.
-    (folder / "preset.json").write_text(
+    (demo / "preset.json").write_text(
         str(HoliTomConfig(retention_ratio=0.1, inner_merge_layer=4).to_dict())
         .replace("'", '"')
         .replace("None", "null")
     )
-    return folder
 
 
 def local(text: str, demo: Path) -> str:

@@ -189,7 +189,11 @@ class Answerer:
         question.seconds["encode"] = time.perf_counter() - start
 
     def generate(
-        self, question: PreparedQuestion, max_new_tokens: int = 256, streamer: TextStreamer | None = None
+        self,
+        question: PreparedQuestion,
+        max_new_tokens: int = 256,
+        streamer: TextStreamer | None = None,
+        settings: HoliTomConfig | None = None,
     ) -> Answer:
         """
         Merges, runs the decoder and collects the figures.
@@ -198,6 +202,7 @@ class Answerer:
             question: Prepared and encoded.
             max_new_tokens: Longest answer.
             streamer: Gets the tokens as they come.
+            settings: For this answer in place of the model's.
         """
         start = time.perf_counter()
         stopwatch = _Stopwatch(self.processor.tokenizer, streamer)
@@ -205,6 +210,7 @@ class Answerer:
         outputs = self.model.generate(
             **features,
             mm_encoder_outputs={"video": question.encoded},
+            holitom_config=settings,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=stopwatch,

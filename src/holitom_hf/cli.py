@@ -1,8 +1,9 @@
-"""The command line: `holitom-hf answer` and `holitom-hf convert`."""
+"""The command line: `holitom-hf answer`, `convert`, `questions` and `evaluate`."""
 
 import contextlib
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -12,7 +13,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+from typer.core import TyperCommand
+
+from .bundled import BUNDLED_ABOUT, BUNDLED_NAME, model_name
 
 
 app = typer.Typer(
@@ -20,9 +25,27 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-DEFAULT_MODEL = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+MODEL_HELP = "Folder or Hub repository of a LLaVA-OneVision model, or bundled: a small one for drawn clips."
 
 # torch and transformers are imported where a command needs them, so that `--help` is there at once.
+
+
+class _ManyValues(TyperCommand):
+    """A command whose list options take their values behind each other: `--ratios 0.2 0.1`."""
+
+    def parse_args(self, ctx, args):
+        """Overrides click.Command.parse_args: the option's name is repeated before every value."""
+        many = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        repeated, current = [], None
+        for argument in args:
+            if argument.startswith("--"):
+                current, is_first = (argument if argument in many else None), True
+            elif current is not None and not is_first:
+                repeated.append(current)
+            else:
+                is_first = False
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
 
 
 @contextlib.contextmanager
@@ -59,7 +82,7 @@ def _quiet() -> None:
 def answer(
     video: Annotated[str, typer.Argument(help="Video file or URL.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub repository of a LLaVA-OneVision model.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
     preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
     retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
@@ -80,7 +103,7 @@ def answer(
             from .answering import Answerer, TextPrinter
         _quiet()
         with step("Decoding the video"):
-            answerer = Answerer(model, settings, retention_ratio, device=device, dtype=dtype)
+            answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
             inputs = answerer.prepare(video, question, num_frames=frames)
         with step(f"Loading {model}"):
             answerer.load_model()
@@ -93,6 +116,8 @@ def answer(
         print(json.dumps(result.to_dict()))
         return
     Console().print(_summary(result))
+    if model == BUNDLED_NAME:
+        console.print(BUNDLED_ABOUT, style="dim")
 
 
 def _summary(result) -> Table:
@@ -145,6 +170,68 @@ def convert(
             Path(folder).mkdir()
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         print(f"Wrote {out} ({size / 2**20:.2f} MiB) in {time.perf_counter() - start:.1f} s.")
+
+
+@app.command()
+def questions(
+    out: Annotated[Path, typer.Argument(help="Folder for the videos and questions.jsonl.")],
+    num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 1000,
+    split: Annotated[str, typer.Option(help="train or test; their clips never meet.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another set.")] = 0,
+    side: Annotated[int, typer.Option(help="Width and height of the videos in pixels.")] = 224,
+) -> None:
+    """Draws clips with questions and exact answers, and writes them as H.264 files."""
+    with _one_line_errors():
+        from .video_questions import write_set
+
+        written = write_set(out, num_questions, split, seed, side, progress=_bar("Writing videos"))
+        print(f"Wrote {len(written)} questions about {len({q.video for q in written})} videos to {out}.")
+
+
+@app.command(cls=_ManyValues)
+def evaluate(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
+    methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; default: all.")] = None,
+    retention_ratios: Annotated[list[float] | None, typer.Option(help="Values of R; default: 0.25 ... 0.02.")] = None,
+    ablations: Annotated[bool, typer.Option(help="The paper's ablations, too.")] = False,
+    questions: Annotated[Path | None, typer.Option(help="A set of questions; default: one drawn into --out.")] = None,
+    num_questions: Annotated[int, typer.Option(min=1, help="Size of the set that is drawn.")] = 1000,
+    out: Annotated[Path, typer.Option(help="Folder for answers, tables and plots; a stopped run goes on.")] = Path(
+        "evaluation"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Accuracy against FLOPs on drawn video questions, for HoliTom and the methods it competes with."""
+    with _one_line_errors():
+        from .evaluation_methods import METHODS, RETENTION_RATIOS, ablation_runs, method_runs
+        from .video_questions import read_set, write_set
+
+        _quiet()
+        from .answering import Answerer
+        from .evaluation import evaluate as answer_all
+        from .evaluation_report import summarize, write_report
+
+        answerer = Answerer(model_name(model), device=device, dtype=dtype)
+        own = answerer.config.holitom_config
+        runs = method_runs(own, methods or list(METHODS), retention_ratios or list(RETENTION_RATIOS))
+        if ablations:
+            runs += ablation_runs(own, answerer.config.text_config.num_hidden_layers)
+        folder = questions or out / "questions"
+        if questions is None and not (folder / "questions.jsonl").is_file():
+            write_set(folder, num_questions, progress=_bar("Writing videos"))
+        asked = read_set(folder)
+        answerer.load_model()
+        results = answer_all(answerer, folder, asked, runs, out, batch_size, progress=_bar("Answering"))
+        files = write_report(summarize(results, runs), "holitom-hf " + shlex.join(sys.argv[1:]), out)
+        print((out / "table.md").read_text())
+        print("Wrote " + ", ".join(map(str, files)) + ".")
+
+
+def _bar(text: str):
+    """Wraps an iterable in a progress bar on stderr."""
+    return lambda items: track(items, text, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,16 @@ from transformers.utils.hub import cached_file
 
 logger = logging.get_logger(__name__)
 
+# What shortens a video before the decoder; token_merging.py has the functions.
+OUTER_METHODS = (
+    "holitom",
+    "fixed_windows",
+    "visionzip",
+    "frame_subsampling",
+    "random_tokens",
+    "average_pooling",
+)
+
 HOLITOM_CONFIG_NAME = "holitom_config.json"
 
 # Every file a checkpoint carries, and the classes in them that transformers' Auto classes pick up.
@@ -23,7 +33,13 @@ REMOTE_CODE_FILES = (
     "configuration_holitom.py",
     "temporal_segmentation.py",
     "spatial_merging.py",
+    "merged_video.py",
+    "holitom_merging.py",
+    "fixed_windows.py",
     "visionzip_merging.py",
+    "frame_subsampling.py",
+    "random_tokens.py",
+    "average_pooling.py",
     "token_merging.py",
     "packed_rows.py",
     "inner_merging.py",
@@ -99,7 +115,7 @@ _CHECKS = {
     "contextual_ratio": lambda name, value: _check_number(name, value, "in [0, 1]", lambda v: 0 <= v <= 1),
     "inner_merge_layer": lambda name, value: _check_integer(name, value, minimum=1, is_optional=True),
     "inner_merge_ratio": lambda name, value: _check_number(name, value, "with 0 <= r < 1", lambda v: 0 <= v < 1),
-    "outer_method": lambda name, value: _check_choice(name, value, ("holitom", "visionzip", "none")),
+    "outer_method": lambda name, value: _check_choice(name, value, (*OUTER_METHODS, "none")),
     "inner_method": lambda name, value: _check_choice(name, value, ("merge", "prune", "none")),
     "newline_position": lambda name, value: _check_choice(name, value, ("end", "row")),
     "base_model_name_or_path": _check_string,
@@ -123,7 +139,9 @@ class HoliTomConfig(PushToHubMixin):
         contextual_ratio: Share of a frame's kept dynamic tokens that is clustered instead of selected.
         inner_merge_layer: Decoder layer before which stage 3 runs (k, section 3.3); `None` leaves stage 3 out.
         inner_merge_ratio: Share of the visual tokens that stage 3 merges away, 0 <= r < 1.
-        outer_method: What shortens the video before the decoder: `"holitom"`, `"visionzip"` or `"none"`.
+        outer_method: What shortens the video before the decoder: `"holitom"`, its ablation
+            `"fixed_windows"`, a baseline (`"visionzip"`, `"frame_subsampling"`, `"random_tokens"`,
+            `"average_pooling"`) or `"none"`.
         inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`.
         newline_position: `"end"`: one newline token after the video (LLaVA-OneVision); `"row"`: one after every
             row of the grid that kept a token (LLaVA-Video).

@@ -2,6 +2,7 @@
 
 import torch
 
+from .merged_video import MergedVideo, TokenGroup, TokenKind, in_order
 from .spatial_merging import masked_positions, select_tokens
 
 
@@ -72,3 +73,30 @@ def visionzip_frames(
         torch.cat([dominant_places, targets], 1),
         slot,
     )
+
+
+def merge_visionzip(features, importance, config, newline=None, keys=None) -> MergedVideo:
+    """
+    VisionZip with the arguments of `merge_video_tokens`: every frame is a segment of its own.
+
+    Raises:
+        ValueError: Without `keys`.
+    """
+    if keys is None:
+        raise ValueError('outer_method="visionzip" needs the keys of the vision tower\'s attention')
+    num_frames, tokens_per_frame, _ = features.shape
+    num_kept = max(1, round(tokens_per_frame * config.retention_ratio))
+    embeddings, positions, places, slot = visionzip_frames(features, importance, keys, num_kept)
+    frame = torch.arange(num_frames, device=features.device)[:, None]
+    is_contextual = torch.arange(num_kept, device=features.device) >= num_dominant_tokens(num_kept)
+    group = TokenGroup(
+        embeddings.flatten(0, 1),
+        frame.expand(-1, num_kept).flatten(),
+        positions.flatten(),
+        TokenKind.DYNAMIC,
+        (2 * frame + is_contextual).flatten(),
+        places.flatten(),
+    )
+    assigned = torch.where(slot >= 0, slot + frame * num_kept, -1)
+    segments = [(f, f + 1) for f in range(num_frames)]
+    return in_order([group], assigned, segments, num_kept / tokens_per_frame, newline, newline_if_empty=True)
