@@ -13,6 +13,7 @@ from holitom_hf.video_questions import (
     NUM_FRAMES,
     NUMBERS,
     QUESTION_TYPES,
+    DrawnVideoQuestions,
     ask,
     draw_set,
     read_set,
@@ -175,5 +176,17 @@ def test_arguments_that_make_no_set(tmp_path, kwargs, message):
 def test_json_lines_hold_what_a_reader_needs(tmp_path):
     write_set(tmp_path, 3, side=112, num_frames=16)
     first = json.loads((tmp_path / "questions.jsonl").read_text().splitlines()[0])
-    assert set(first) == {"type", "text", "answer", "video", "id"}
+    assert set(first) == {"type", "question", "answer", "video", "id"}
     assert (tmp_path / first["video"]).is_file()
+
+
+def test_drawn_questions_are_those_of_the_written_set(tmp_path):
+    drawn = DrawnVideoQuestions(7)
+    assert len(drawn) == 7
+    examples = list(drawn)
+    written = write_set(tmp_path, 7, side=112, num_frames=16)
+    assert [(e["id"], e["question"], e["answer"], e["type"]) for e in examples] == [
+        (q.id, q.text, q.answer, q.type) for q in written
+    ]
+    assert {example["video"].shape for example in examples} == {(16, 112, 112, 3)}
+    assert [example["id"] for example in drawn] == [example["id"] for example in examples]

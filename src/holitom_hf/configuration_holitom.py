@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ REMOTE_CODE_FILES = (
     "modeling_holitom.py",
     "video_decoding.py",
     "processing_holitom.py",
+    "pipeline_holitom.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_holitom.HoliTomLlavaOnevisionConfig",
@@ -61,6 +63,14 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_holitom.HoliTomLlavaOnevisionForConditionalGeneration",
     "AutoProcessor": "processing_holitom.HoliTomProcessor",
     "AutoVideoProcessor": "processing_holitom.HoliTomVideoProcessor",
+}
+
+CUSTOM_PIPELINES = {
+    "video-text-to-text": {
+        "impl": "pipeline_holitom.VideoTextToTextPipeline",
+        "pt": ["AutoModelForMultimodalLM"],
+        "type": "multimodal",
+    }
 }
 
 
@@ -320,6 +330,7 @@ class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
             )
         # transformers writes only the entry of the class that is being saved; a checkpoint needs all of them.
         self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -338,6 +349,7 @@ class HoliTomLlavaOnevisionConfig(LlavaOnevisionConfig):
         """Overrides `PreTrainedConfig.to_dict`: the settings become a dictionary, too."""
         values = super().to_dict()
         values["holitom_config"] = self.holitom_config.to_dict()
+        values["custom_pipelines"] = deepcopy(CUSTOM_PIPELINES)  # pipeline() puts classes where names were
         return values
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,11 +49,13 @@ class Question:
         type: One of [`QUESTION_TYPES`].
         text: The question.
         answer: The only right answer, in lower case.
+        about: Names of the shapes it is about; not written to files.
     """
 
     type: str
     text: str
     answer: str
+    about: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 
 
 @dataclass
@@ -84,39 +86,39 @@ def ask(clip: Clip, times: np.ndarray, random: np.random.Generator) -> list[Ques
     seen = [shape for shape in clip.shapes if shape.is_visible(times).any()]
     asked: list[Question] = []
 
-    def add(kind: str, answer: str, template: int | None = None, **values: str) -> None:
+    def add(kind: str, answer: str, *about: Shape, template: int | None = None, **values: str) -> None:
         templates = TEMPLATES[kind]
         text = templates[random.integers(len(templates)) if template is None else template].format(**values)
-        asked.append(Question(kind, text, answer))
+        asked.append(Question(kind, text, answer, about=tuple(shape.name for shape in about)))
 
     def some(items: list, number: int) -> list:
         return [items[i] for i in random.permutation(len(items))[:number]]
 
     is_whole = len(seen) == len(clip.shapes)
     for shape in some([s for s in seen if is_whole and _is_only(s, clip.shapes, "shape")], 2):
-        add("color", shape.color, shape=shape.shape)
+        add("color", shape.color, shape, shape=shape.shape)
     for shape in some([s for s in seen if is_whole and _is_only(s, clip.shapes, "color")], 2):
-        add("shape", shape.shape, color=shape.color)
+        add("shape", shape.shape, shape, color=shape.color)
     for shape in some([s for s in seen if s.direction and _travelled(s, times) > 0.17 and not any(clip.pan)], 2):
-        add("motion", shape.direction, name=shape.name)
+        add("motion", shape.direction, shape, name=shape.name)
     if len(clip.scenes) == 1 and is_whole:
         add("count", NUMBERS[len(seen)])
     pairs = [(a, b) for a in seen for b in seen if _first_seen(a, times) < _first_seen(b, times)]
     for first, second in some(pairs, 2):
         names = [shape.name for shape in some([first, second], 2)]
-        add("appearance order", first.name, first=names[0], second=names[1])
+        add("appearance order", first.name, first, second, first=names[0], second=names[1])
     _ask_scenes(clip, times, random, add)
     for name, answer in _existence(seen, clip.shapes, random):
-        add("existence", answer, name=name)
+        add("existence", answer, *(shape for shape in seen if shape.name == name), name=name)
     relations = [
         (a, b, axis) for a in seen for b in seen for axis in (0, 1) if a is not b and _side(a, b, axis, times)
     ]
     for first, second, axis in some(relations, 2):
         words = (("left", "right"), ("above", "below"))[axis]
         answer = words[_side(first, second, axis, times) > 0]
-        add("relation", answer, template=axis, first=first.name, second=second.name)
+        add("relation", answer, first, second, template=axis, first=first.name, second=second.name)
     for shape in some([s for s in seen if _changes_visibly(s, clip, times)], 3):
-        add("change", shape.behavior, name=shape.name)
+        add("change", shape.behavior, shape, name=shape.name)
     return some(asked, len(asked))
 
 
@@ -302,7 +304,7 @@ def write_set(
             for index, question in enumerate(questions)
         ]
     partial = folder / "questions.jsonl.part"
-    partial.write_text("".join(json.dumps(asdict(question)) + "\n" for question in written))
+    partial.write_text("".join(json.dumps(_to_line(question)) + "\n" for question in written))
     partial.rename(folder / "questions.jsonl")
     return written
 
@@ -317,4 +319,55 @@ def read_set(folder: Path) -> list[VideoQuestion]:
     path = Path(folder) / "questions.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: write a set with `holitom-hf questions {folder}`")
-    return [VideoQuestion(**json.loads(line)) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [VideoQuestion(text=line.pop("question"), **line) for line in lines]
+
+
+def _to_line(question: VideoQuestion) -> dict[str, str]:
+    """The fields as `holitom-hf batch` and most data sets name them."""
+    return {
+        "id": question.id,
+        "video": question.video,
+        "question": question.text,
+        "answer": question.answer,
+        "type": question.type,
+    }
+
+
+class DrawnVideoQuestions:
+    """
+    The questions of [`draw_set`] one by one, as `datasets` has them: dictionaries with `id`, `video` (F, H, W, 3)
+    uint8, `question`, `answer` and `type`. `datasets.IterableDataset.from_generator` takes an instance's `__iter__`.
+    """
+
+    def __init__(
+        self,
+        num_questions: int = 1000,
+        split: str = "test",
+        seed: int = 0,
+        side: int = 112,
+        num_frames: int = NUM_FRAMES,
+    ):
+        """
+        Args:
+            num_questions, split, seed: As in [`draw_set`].
+            side: Width and height in pixels.
+            num_frames: Frames of every video.
+        """
+        self.num_questions, self.split, self.seed = num_questions, split, seed
+        self.side, self.num_frames = side, num_frames
+
+    def __len__(self) -> int:
+        return self.num_questions
+
+    def __iter__(self) -> Iterator[dict]:
+        for number, (clip, questions) in enumerate(draw_set(self.num_questions, self.split, self.seed)):
+            video = clip.render(uniform_times(self.num_frames), self.side)
+            for index, question in enumerate(questions):
+                yield {
+                    "id": f"{self.split}-{self.seed}-{number:04d}-{index}",
+                    "video": video,
+                    "question": question.text,
+                    "answer": question.answer,
+                    "type": question.type,
+                }

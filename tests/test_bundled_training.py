@@ -1,0 +1,140 @@
+"""How the bundled model is trained: labels that are true, steps that can be stopped and taken up again."""
+
+import numpy as np
+import pytest
+import torch
+
+from holitom_hf.bundled_training import trainer as trainer_module
+from holitom_hf.bundled_training.batches import TRAIN_SEEDS, QuestionedClips, SingleFrames
+from holitom_hf.bundled_training.labels import TRENDS, patch_labels, trend_labels
+from holitom_hf.bundled_training.trainer import Trainer
+from holitom_hf.scenes import COLORS, HELD_OUT, SHAPES, Clip, Scene, Shape, random_clip
+from holitom_hf.video_questions import uniform_times
+
+
+TIMES = uniform_times(8)
+
+
+def moving(direction, end, behavior="moves", interval=(0.0, 1.0), sizes=(0.12, 0.12)):
+    knots = np.array([[0.0, 0.5, 0.5, sizes[0]], [1.0, *end, sizes[1]]])
+    return Clip([Scene("dots", (0.0, 1.0), 0)], [Shape("red", "square", behavior, 0, interval, knots, direction)])
+
+
+def labels_of(clip, grid=7):
+    masks = clip.masks(TIMES, 112)
+    return patch_labels(clip, TIMES, masks, grid)
+
+
+@pytest.mark.parametrize("grid", [7, 14])
+def test_patch_labels_say_what_lies_where(grid):
+    labels = labels_of(moving("right", (0.8, 0.5)), grid)
+    middle = (grid // 2) * grid + grid // 2
+    assert labels.colors[0, middle] == list(COLORS).index("red") + 1
+    assert labels.shapes[0, middle] == SHAPES.index("square") + 1
+    assert labels.colors[-1, middle - grid // 3] == 0
+    assert ((labels.index >= 0) == (labels.colors > 0)).all()
+    np.testing.assert_allclose(labels.geometry[0, middle], (0.51875, 0.5, 0.12), atol=1e-5)
+    assert labels.covered.shape == (8, grid * grid, 64)
+    assert labels.covered[0, middle].min() > 0.9
+    assert labels.covered[0, 0].max() == 0
+    assert (labels.present.sum(1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("clip", "trend"),
+    [
+        (moving("right", (0.85, 0.5)), "right"),
+        (moving("left", (0.15, 0.5)), "left"),
+        (moving("up", (0.5, 0.15)), "up"),
+        (moving("down", (0.5, 0.85)), "down"),
+        (moving(None, (0.5, 0.5), "grows", sizes=(0.07, 0.15)), "larger"),
+        (moving(None, (0.5, 0.5), "shrinks", sizes=(0.15, 0.07)), "smaller"),
+        (moving(None, (0.5, 0.5), "stays"), "still"),
+    ],
+)
+def test_trends_are_told_from_the_past_only(clip, trend):
+    labels = labels_of(clip)
+    trends, rank, scene = trend_labels(clip, TIMES, labels.index)
+    on_shape = labels.index >= 0
+    assert (trends[0][on_shape[0]] == -100).all()
+    assert (trends[-1][on_shape[-1]] == TRENDS.index(trend)).all()
+    assert (trends[~on_shape] == 0).all()
+    assert (rank[on_shape] == 0).all()
+    assert (scene == 0).all()
+    short, _, _ = trend_labels(clip, TIMES[:5], labels.index[:5])
+    assert (short == trends[:5]).all()
+
+
+def test_clips_without_shapes_have_labels_too():
+    labels = labels_of(Clip([Scene("waves", (0.0, 1.0), 0)], []))
+    assert not labels.colors.any()
+    assert (labels.index == -1).all()
+    for part in trend_labels(Clip([Scene("waves", (0.0, 1.0), 0)], []), TIMES, labels.index)[:1]:
+        assert (part == 0).all()
+
+
+def test_batches_are_the_same_for_the_same_step_and_differ_between_ranks():
+    first, again = (QuestionedClips(0, 100).draw(7) for _ in range(2))
+    other = QuestionedClips(0, 100, rank=1).draw(7)
+    assert (first.frames == again.frames).all()
+    assert first.questions == again.questions
+    assert first.frames.shape[1:] == other.frames.shape[1:]
+    assert not np.array_equal(first.frames, other.frames)
+    assert {len(asked) for asked in first.questions} == {10}
+
+
+def test_layouts_are_many_and_begin_with_few_frames():
+    layouts = [QuestionedClips(0, 1000).layout(step) for step in range(1000)]
+    assert {frames for layout, frames, _ in layouts if layout == "video"} == {1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32}
+    assert {frames for layout, frames, _ in layouts if layout == "images"} == {1, 2, 3, 4}
+    assert np.mean([frames for _, frames, _ in layouts[:100]]) < 0.6 * np.mean([f for _, f, _ in layouts[500:]])
+    assert 300 < sum(stretch != 1 for *_, stretch in layouts) < 450
+
+
+def test_nothing_held_out_is_trained_on():
+    for step in range(10):
+        random = np.random.default_rng((TRAIN_SEEDS, 0, step, 0))
+        assert not {(s.color, s.shape) for s in random_clip(random).shapes} & HELD_OUT
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    def single_frames(size, start, rank):
+        return SingleFrames(4, start, rank)
+
+    monkeypatch.setattr(trainer_module, "SingleFrames", single_frames)
+    monkeypatch.setattr(trainer_module, "_loader", iter)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, small_batches, monkeypatch):
+    monkeypatch.setattr(trainer_module, "SAVE_EVERY", 2)
+
+    def weights(folder, *stops):
+        for stop in stops:
+            trainer = Trainer(tmp_path / folder, 4, 4, "cpu")
+            trainer.load()
+            monkeypatch.setattr(trainer, "save_model", lambda: None)
+            if trainer.phase == "vision":
+                trainer.train_vision(stop_at=stop)
+            if trainer.phase == "answers":
+                trainer.train_answers(stop_at=stop - 4)
+        return trainer.average
+
+    whole, parts = weights("whole", 6), weights("parts", 2, 6)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_loss_falls_and_the_model_is_a_checkpoint(tmp_path, small_batches):
+    from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration
+
+    trainer = Trainer(tmp_path, 12, 2, "cpu")
+    losses = []
+    trainer._log = lambda every, values: losses.append(values["loss"])
+    trainer.train_vision()
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    trainer.train_answers()
+    model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.bfloat16
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, trainer.average[name].to(torch.bfloat16), rtol=0, atol=0)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 12 * 2**20
