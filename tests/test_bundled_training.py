@@ -138,3 +138,48 @@ def test_loss_falls_and_the_model_is_a_checkpoint(tmp_path, small_batches):
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, trainer.average[name].to(torch.bfloat16), rtol=0, atol=0)
     assert (tmp_path / "model" / "model.safetensors").stat().st_size < 12 * 2**20
+
+
+def test_looking_is_measured_as_the_decoder_attends(tmp_path):
+    trainer = Trainer(tmp_path, 1, 1, "cpu")
+    batches = QuestionedClips(0, 100, num_tokens=300, num_questions=3)
+    batch = next(b for b in map(batches.draw, range(60, 100)) if b.layout == "video" and b.frames.shape[1] == 4)
+    batch.stretch = 1.0
+    measured = trainer.look_loss(batch, trainer.answer_logits(batch))
+
+    model, tokenizer = trainer.model, trainer.processor.tokenizer
+    model.set_attn_implementation("eager")
+    prefix, visual = trainer._prefix(batch)
+    losses = []
+    for clip, (labels, asked) in enumerate(zip(batch.labels, batch.questions)):
+        for question in asked:
+            ids = tokenizer(f"\n{question.text}<|im_end|><|im_start|>assistant\n", return_tensors="pt")["input_ids"]
+            embeds = torch.cat([prefix[clip : clip + 1], model.get_input_embeddings()(ids)], 1)
+            attentions = model.model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
+            rows = attentions[trainer_module.LOOK_LAYER][0, :2, -1, visual]
+            rows = rows / rows.sum(-1, keepdim=True)
+            if question.type == "existence" and not question.about:
+                losses += [-row[-1].log() for row in rows]
+            for row, name in zip(rows, (question.about * 2)[:2] if question.about else ()):
+                on_shape = torch.from_numpy(np.append(labels.index.flatten() == labels.names.index(name), False))
+                losses.append(-row[on_shape].sum().log())
+    assert len(losses) >= 3
+    torch.testing.assert_close(measured, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_questions_are_answered_as_single_ones(tmp_path):
+    trainer = Trainer(tmp_path, 1, 1, "cpu")
+    batches = QuestionedClips(0, 100, num_tokens=300, num_questions=3)
+    batch = next(b for b in map(batches.draw, range(60, 100)) if b.layout == "video" and b.frames.shape[1] == 4)
+    batch.stretch = 1.0
+    together = trainer.answer_logits(batch)
+    pixels = trainer._pixels(batch.frames[1])[None]
+    for number, question in enumerate(batch.questions[1]):
+        video = "<video>" * (4 * 49 + 1)
+        text = f"<|im_start|>user {video}\n{question.text}<|im_end|><|im_start|>assistant\n{question.answer}<|im_end|>"
+        inputs = trainer.processor.tokenizer(text, return_tensors="pt")
+        plain = {"outer_method": "none", "inner_method": "none"}
+        logits = trainer.model(**inputs, pixel_values_videos=pixels, holitom_config=plain).logits[0]
+        own = together.row == len(batch.questions[0]) + number
+        torch.testing.assert_close(together.logits[own], logits[-own.sum() - 1 : -1], rtol=1e-3, atol=1e-4)
+        assert together.labels[own].tolist() == inputs["input_ids"][0, -own.sum() :].tolist()

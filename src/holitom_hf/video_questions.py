@@ -49,7 +49,7 @@ class Question:
         type: One of [`QUESTION_TYPES`].
         text: The question.
         answer: The only right answer, in lower case.
-        about: Names of the shapes it is about; not written to files.
+        about: Names of the shapes it is about, in the text's order; not written to files.
     """
 
     type: str
@@ -105,8 +105,8 @@ def ask(clip: Clip, times: np.ndarray, random: np.random.Generator) -> list[Ques
         add("count", NUMBERS[len(seen)])
     pairs = [(a, b) for a in seen for b in seen if _first_seen(a, times) < _first_seen(b, times)]
     for first, second in some(pairs, 2):
-        names = [shape.name for shape in some([first, second], 2)]
-        add("appearance order", first.name, first, second, first=names[0], second=names[1])
+        pair = some([first, second], 2)
+        add("appearance order", first.name, *pair, first=pair[0].name, second=pair[1].name)
     _ask_scenes(clip, times, random, add)
     for name, answer in _existence(seen, clip.shapes, random):
         add("existence", answer, *(shape for shape in seen if shape.name == name), name=name)

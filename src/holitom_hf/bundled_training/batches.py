@@ -15,7 +15,7 @@ from .labels import GRID, SIDE, PatchLabels, patch_labels, trend_labels
 FRAMES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32)
 CURRICULUM = (
     (0.15, (0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0, 0, 0, 0)),
-    (0.35, (0.05, 0.15, 0.15, 0.25, 0.2, 0.2, 0, 0, 0, 0, 0)),
+    (0.6, (0.05, 0.15, 0.15, 0.25, 0.2, 0.2, 0, 0, 0, 0, 0)),
     (1.01, (0.03, 0.05, 0.05, 0.1, 0.14, 0.2, 0.1, 0.1, 0.18, 0.03, 0.02)),
 )
 TRAIN_SEEDS = 7  # first number of every training seed; test sets use others (video_questions.SPLITS)
@@ -85,7 +85,7 @@ class QuestionedClips(IterableDataset):
             number = random.random()
             stage = next(weights for end, weights in CURRICULUM if progress < end)
             num_frames = FRAMES[int(np.searchsorted(np.cumsum(stage)[:-1], number, side="right"))]
-        is_stretched = random.random() < 0.5 and progress > 0.25
+        is_stretched = random.random() < 0.5 and progress > 0.5
         stretch = float(np.exp(random.uniform(np.log(0.08), np.log(1.5)))) if is_stretched else 1.0
         return layout, num_frames, stretch
 

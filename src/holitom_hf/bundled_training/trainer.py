@@ -29,7 +29,7 @@ from .labels import GRID, SIDE
 DENSE_LAYER = 4  # layer whose input tells, for every video token, what the shape under it has done
 LOOK_LAYER = 4  # layer in which the question's last token looks at the shapes that are asked about
 VISUAL_SCALE = 0.1  # standard deviation of visual tokens; text starts from tiny_model's initializer_range
-LOOK_WEIGHT = 0.5
+LOOK_WEIGHT = 1.0
 SAVE_EVERY = 100  # steps
 
 
@@ -339,15 +339,17 @@ class Trainer:
             )
             index = np.append(index.flatten(), [-1] * (keys.shape[1] - index.size))
             for number, question in enumerate(asked):
-                for name in question.about:
-                    is_target = index == labels.names.index(name)
-                    if is_target.any():
-                        targets.append(is_target)
-                        rows.append((clip, number))
+                numbers = [labels.names.index(name) for name in question.about]
+                wanted = [index == shape for shape in numbers]
+                if question.type == "existence" and not numbers:  # nothing to look at: the newline behind the video
+                    wanted = [np.arange(len(index)) == len(index) - 1]
+                if wanted and wanted[0].any() and wanted[-1].any():  # a head for each of two shapes, both for one
+                    targets.append(np.stack([wanted[0], wanted[-1]]))
+                    rows.append((clip, number))
         if not rows:
             return scores.sum() * 0
         clips, numbers = torch.tensor(rows, device=self.device).T
-        is_target = torch.from_numpy(np.stack(targets)).to(self.device)[:, None]  # (T, 1, V)
+        is_target = torch.from_numpy(np.stack(targets)).to(self.device)  # (T, 2, V)
         chosen = log_share[clips, numbers].masked_fill(~is_target, -torch.inf)
         return -chosen.logsumexp(-1).mean()
 
@@ -360,10 +362,8 @@ class Trainer:
         times = uniform_times(NUM_FRAMES)
         for clip, questions in draw_set(num_questions, "train", seed=1):
             batch = Batch(clip.render(times, SIDE)[None], [], questions=[questions])
-            logits, labels, row, _ = self.answer_logits(batch)
-            is_wrong = torch.zeros(len(questions)).index_add_(
-                0, row.cpu(), (logits.argmax(-1) != labels).float().cpu()
-            )
+            run = self.answer_logits(batch)
+            is_wrong = torch.zeros(len(questions)).index_add_(0, run.row.cpu(), run.is_wrong.cpu())
             for question, wrong in zip(questions, is_wrong.tolist()):
                 asked[question.type] += 1
                 right[question.type] += wrong == 0
