@@ -6,7 +6,7 @@ import torch
 
 from holitom_hf.bundled_training import trainer as trainer_module
 from holitom_hf.bundled_training.batches import TRAIN_SEEDS, QuestionedClips, SingleFrames
-from holitom_hf.bundled_training.labels import TRENDS, patch_labels, trend_labels
+from holitom_hf.bundled_training.labels import TRENDS, patch_labels, places_of, trend_labels
 from holitom_hf.bundled_training.trainer import Trainer
 from holitom_hf.scenes import COLORS, HELD_OUT, SHAPES, Clip, Scene, Shape, random_clip
 from holitom_hf.video_questions import uniform_times
@@ -63,6 +63,16 @@ def test_trends_are_told_from_the_past_only(clip, trend):
     assert (scene == 0).all()
     short, _, _ = trend_labels(clip, TIMES[:5], labels.index[:5])
     assert (short == trends[:5]).all()
+
+
+def test_where_to_look():
+    labels = labels_of(moving("right", (0.85, 0.5)))
+    everywhere, later = (places_of("red square", kind, labels) for kind in ("color", "motion"))
+    assert (everywhere == (labels.colors > 0)).all()
+    assert not later[:4].any()
+    assert (later[4:] == everywhere[4:]).all()
+    assert (places_of("dots", "scene order", labels) == ~everywhere).all()
+    assert not places_of("waves", "scene order", labels).any()
 
 
 def test_clips_without_shapes_have_labels_too():
@@ -161,7 +171,7 @@ def test_looking_is_measured_as_the_decoder_attends(tmp_path):
             if question.type == "existence" and not question.about:
                 losses += [-row[-1].log() for row in rows]
             for row, name in zip(rows, (question.about * 2)[:2] if question.about else ()):
-                on_shape = torch.from_numpy(np.append(labels.index.flatten() == labels.names.index(name), False))
+                on_shape = torch.from_numpy(np.append(places_of(name, question.type, labels), False))
                 losses.append(-row[on_shape].sum().log())
     assert len(losses) >= 3
     torch.testing.assert_close(measured, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)

@@ -49,7 +49,7 @@ class Question:
         type: One of [`QUESTION_TYPES`].
         text: The question.
         answer: The only right answer, in lower case.
-        about: Names of the shapes it is about, in the text's order; not written to files.
+        about: Names of the shapes or backgrounds it is about, in the text's order; not written to files.
     """
 
     type: str
@@ -86,10 +86,11 @@ def ask(clip: Clip, times: np.ndarray, random: np.random.Generator) -> list[Ques
     seen = [shape for shape in clip.shapes if shape.is_visible(times).any()]
     asked: list[Question] = []
 
-    def add(kind: str, answer: str, *about: Shape, template: int | None = None, **values: str) -> None:
+    def add(kind: str, answer: str, *about: Shape | str, template: int | None = None, **values: str) -> None:
         templates = TEMPLATES[kind]
         text = templates[random.integers(len(templates)) if template is None else template].format(**values)
-        asked.append(Question(kind, text, answer, about=tuple(shape.name for shape in about)))
+        names = tuple(thing if isinstance(thing, str) else thing.name for thing in about)
+        asked.append(Question(kind, text, answer, about=names))
 
     def some(items: list, number: int) -> list:
         return [items[i] for i in random.permutation(len(items))[:number]]
@@ -175,9 +176,10 @@ def _ask_scenes(clip: Clip, times: np.ndarray, random: np.random.Generator, add)
     textures = [scene.texture for scene in clip.scenes]
     first, second = sorted(random.permutation(len(textures))[:2])
     names = [textures[i] for i in random.permutation((first, second))]
-    add("scene order", textures[first], template=0, first=names[0], second=names[1])
+    add("scene order", textures[first], *names, template=0, first=names[0], second=names[1])
     when = str(random.choice(("start", "end")))
-    add("scene order", textures[0 if when == "start" else -1], template=1, when=when)
+    asked_for = textures[0 if when == "start" else -1]
+    add("scene order", asked_for, asked_for, template=1, when=when)
 
 
 def _existence(seen: list[Shape], shapes: list[Shape], random: np.random.Generator) -> list[tuple[str, str]]:

@@ -69,6 +69,27 @@ def patch_labels(clip: Clip, times: np.ndarray, masks: np.ndarray, grid: int) ->
     )
 
 
+def places_of(name: str, kind: str, labels: PatchLabels) -> np.ndarray:
+    """
+    Where to look for an answer.
+
+    Args:
+        name: Of a shape or of a background.
+        kind: The question's type; what happens to a shape is seen in the later half of the frames that show it.
+        labels: Of the clip.
+
+    Returns:
+        (F, N) bool; nowhere where it is not seen.
+    """
+    if name in TEXTURES:
+        return (labels.textures == TEXTURES.index(name)) & (labels.index < 0)
+    places = labels.index == labels.names.index(name)
+    frames = np.flatnonzero(places.any(1))
+    if kind in ("motion", "change") and len(frames):
+        places = places & (np.arange(len(places)) >= frames[len(frames) // 2])[:, None]
+    return places
+
+
 def trend_labels(clip: Clip, times: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     What a video's past tells about each place: (F, N) entries of [`TRENDS`], -100 where it is too early to tell; how

@@ -23,7 +23,7 @@ from ..tiny_model import tiny_model, tiny_processor
 from ..video_questions import NUM_FRAMES, QUESTION_TYPES, draw_set, uniform_times
 from .batches import TRAIN_SEEDS, Batch, QuestionedClips, SingleFrames
 from .heads import PatchHeads, TrendHeads
-from .labels import GRID, SIDE
+from .labels import GRID, SIDE, places_of
 
 
 DENSE_LAYER = 4  # layer whose input tells, for every video token, what the shape under it has done
@@ -76,6 +76,13 @@ class Forwarded:
     def is_wrong(self) -> torch.Tensor:
         """(T,) 1.0 where a token is not the most likely one."""
         return (self.logits.argmax(-1) != self.labels).float()
+
+
+def _along_tokens(places: np.ndarray, layout: str, num_tokens: int) -> np.ndarray:
+    """(V,) from (F, N) bool: the newlines, behind every image or behind the video, are not among them."""
+    if layout == "images":
+        places = np.pad(places, ((0, 0), (0, 1)))
+    return np.pad(places.flatten(), (0, num_tokens - places.size))
 
 
 class Trainer:
@@ -334,17 +341,14 @@ class Trainer:
         log_share = scores.log_softmax(-1)  # (B, Q, 2, V)
         targets, rows = [], []
         for clip, (labels, asked) in enumerate(zip(batch.labels, batch.questions)):
-            index = (
-                labels.index if batch.layout == "video" else np.pad(labels.index, ((0, 0), (0, 1)), constant_values=-1)
-            )
-            index = np.append(index.flatten(), [-1] * (keys.shape[1] - index.size))
             for number, question in enumerate(asked):
-                numbers = [labels.names.index(name) for name in question.about]
-                wanted = [index == shape for shape in numbers]
-                if question.type == "existence" and not numbers:  # nothing to look at: the newline behind the video
-                    wanted = [np.arange(len(index)) == len(index) - 1]
-                if wanted and wanted[0].any() and wanted[-1].any():  # a head for each of two shapes, both for one
-                    targets.append(np.stack([wanted[0], wanted[-1]]))
+                wanted = [places_of(name, question.type, labels) for name in question.about]
+                if wanted and all(places.any() for places in wanted):  # a head for each of two things, both for one
+                    ends = (wanted[0], wanted[-1])
+                    targets.append(np.stack([_along_tokens(places, batch.layout, keys.shape[1]) for places in ends]))
+                    rows.append((clip, number))
+                elif question.type == "existence" and not wanted:  # nothing to look at: the newline at the end
+                    targets.append(np.arange(keys.shape[1])[None].repeat(2, 0) == keys.shape[1] - 1)
                     rows.append((clip, number))
         if not rows:
             return scores.sum() * 0
