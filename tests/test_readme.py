@@ -59,6 +59,8 @@ def test_the_commands_run(demo, tmp_path, monkeypatch):
         arguments = shlex.split(local(command, demo))[1:]
         if arguments[0] == "answer":
             arguments += ["--max-new-tokens", "3"]
+        if arguments[0] in ("questions", "evaluate"):
+            arguments += ["--num-questions", "3"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.stderr
 

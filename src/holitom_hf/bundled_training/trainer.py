@@ -30,6 +30,7 @@ DENSE_LAYER = 4  # layer whose input tells, for every video token, what the shap
 LOOK_LAYER = 4  # layer in which the question's last token looks at the shapes that are asked about
 VISUAL_SCALE = 0.1  # standard deviation of visual tokens; text starts from tiny_model's initializer_range
 LOOK_WEIGHT = 1.0
+TYPE_WEIGHTS = {"motion": 4.0, "scene order": 3.0, "relation": 2.0, "change": 2.0, "appearance order": 1.5}
 SAVE_EVERY = 100  # steps
 
 
@@ -324,6 +325,15 @@ class Trainer:
             asking_positions=later[last],
         )
 
+    def answer_loss(self, batch: Batch, forwarded: "Forwarded") -> torch.Tensor:
+        """Cross-entropy of the answers; hard and rare types weigh more, the end of an answer less."""
+        asked = [question for questions in batch.questions for question in questions]
+        weight = torch.tensor([TYPE_WEIGHTS.get(question.type, 1.0) for question in asked], device=self.device)
+        weight = weight[forwarded.row]
+        weight = torch.where(forwarded.labels == self.processor.tokenizer.eos_token_id, 0.2 * weight, weight)
+        losses = functional.cross_entropy(forwarded.logits, forwarded.labels, reduction="none")
+        return (losses * weight).sum() / weight.sum()
+
     def look_loss(self, batch: Batch, forwarded: "Forwarded") -> torch.Tensor:
         """How far two heads of the last token before the answer look away from the shapes that are asked about."""
         decoder = self.model.model.language_model
@@ -386,7 +396,7 @@ class Trainer:
                 return
             start = time.perf_counter()
             run = self.answer_logits(batch)
-            answer_loss, look_loss = functional.cross_entropy(run.logits, run.labels), self.look_loss(batch, run)
+            answer_loss, look_loss = self.answer_loss(batch, run), self.look_loss(batch, run)
             metrics = {"loss": answer_loss.item(), "right": 1 - run.is_wrong.mean().item(), "look": look_loss.item()}
             loss = answer_loss + LOOK_WEIGHT * look_loss
             if batch.layout == "video":
