@@ -201,3 +201,11 @@ def test_from_a_file_to_an_answer(clips):
     single = processor(text="<video> What?", videos=str(clips[0]), return_tensors="pt")
     alone = model.generate(**single, max_new_tokens=4, do_sample=False)
     assert torch.equal(outputs[0, inputs["input_ids"].shape[1] :], alone[0, single["input_ids"].shape[1] :])
+
+
+def test_a_checkpoint_keeps_its_number_of_frames(clips, tmp_path):
+    tiny_processor(side=32, patch=4, num_frames=6).save_pretrained(tmp_path)
+    loaded = HoliTomProcessor.from_pretrained(tmp_path)
+    assert loaded.video_processor(clips[0], return_tensors="pt")["pixel_values_videos"].shape[1] == 6
+    silent = HoliTomVideoProcessor.from_upstream(LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32}))
+    assert silent.num_frames == 32

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from .answering import Answer, Answerer
 from .bundled import BUNDLED_ABOUT, BUNDLED_MODEL
@@ -40,11 +41,13 @@ def write_clip(path: Path, num_frames: int = 64, side: int = 224) -> list[Questi
 
 def main(folder: Annotated[Path, typer.Argument(help="For clip.mp4.")]) -> None:
     """Writes clip.mp4 into FOLDER and answers questions about it."""
-    console = Console()
+    console = Console(width=max(Console().width, 110))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "clip.mp4"
     questions = write_clip(path)
     console.print(f"Wrote {path}. {BUNDLED_ABOUT}", soft_wrap=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     answerer = Answerer(str(BUNDLED_MODEL), device="cpu", dtype="float32")
     answerer.load_model()
     own = answerer.config.holitom_config
@@ -54,7 +57,7 @@ def main(folder: Annotated[Path, typer.Argument(help="For clip.mp4.")]) -> None:
         answerer.encode(inputs)
         return answerer.generate(inputs, max_new_tokens=8, settings=settings)
 
-    table = Table("question", "truth", "uncompressed", "HoliTom", "visual tokens", "prefill FLOPs")
+    table = Table("question", "truth", "uncompressed", "HoliTom", box=None, padding=(0, 3, 0, 0))
     for question in questions:
         plain, short = answer(question, full_run(own).settings), answer(question, own)
         marks = ["✓" if is_right(given.text, question.answer) else "✗" for given in (plain, short)]
@@ -63,10 +66,14 @@ def main(folder: Annotated[Path, typer.Argument(help="For clip.mp4.")]) -> None:
             question.answer,
             f"{marks[0]} {plain.text}",
             f"{marks[1]} {short.text}",
-            f"{short.visual_tokens_before} → {short.visual_tokens_outer} → {short.visual_tokens_inner}",
-            f"{short.flops_share:.1%}",
         )
     console.print(table)
+    console.print(
+        f"HoliTom: {short.visual_tokens_before} visual tokens, {short.visual_tokens_outer} before the decoder, "
+        f"{short.visual_tokens_inner} from layer {short.inner_merge_layer} on; "
+        f"{short.flops_share:.1%} of the uncompressed prefill's FLOPs (the paper's formula).",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -27,10 +27,13 @@ class HoliTomVideoProcessor(LlavaOnevisionVideoProcessor):
 
     @classmethod
     def from_upstream(cls, video_processor: LlavaOnevisionVideoProcessor) -> "HoliTomVideoProcessor":
-        """Takes over the sizes, means and deviations of a checkpoint's video processor, not how it samples."""
+        """Takes over a checkpoint's settings; files are sampled, to 32 frames where it does not say how many."""
         settings = video_processor.to_dict()
-        for name in ("num_frames", "fps", "do_sample_frames", "video_processor_type", "auto_map"):
+        for name in ("do_sample_frames", "video_processor_type", "auto_map"):
             settings.pop(name, None)
+        for name in ("num_frames", "fps"):
+            if settings.get(name) is None:
+                settings.pop(name, None)
         return cls(**settings)
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:

@@ -85,8 +85,8 @@ class QuestionedClips(IterableDataset):
             number = random.random()
             stage = next(weights for end, weights in CURRICULUM if progress < end)
             num_frames = FRAMES[int(np.searchsorted(np.cumsum(stage)[:-1], number, side="right"))]
-        is_stretched = random.random() < 0.5 and progress > 0.5
-        stretch = float(np.exp(random.uniform(np.log(0.08), np.log(1.5)))) if is_stretched else 1.0
+        is_stretched = random.random() < 0.25 and progress > 0.5
+        stretch = float(np.exp(random.uniform(np.log(0.25), np.log(1.3)))) if is_stretched else 1.0
         return layout, num_frames, stretch
 
     def draw(self, step: int) -> Batch:
