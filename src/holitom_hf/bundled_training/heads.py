@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from ..scenes import COLORS, SHAPES, TEXTURES
 from .batches import Batch
-from .labels import TRENDS, PatchLabels
+from .labels import TRENDS, PatchLabels, places_of
 
 
 class PatchHeads(nn.Module):
@@ -83,3 +83,55 @@ class TrendHeads(nn.Module):
             + 0.5 * classify(logits[2], scene, everywhere)
         )
         return loss + 0.3 * (classify(logits[3], colors, is_shape) + classify(logits[4], shapes, is_shape))
+
+
+class SubjectHeads(nn.Module):
+    """What the state of the last token before an answer tells about the one or two things that are asked about."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.sizes = [len(COLORS) + 1, len(SHAPES) + 1, len(TRENDS), 6, len(TEXTURES), 3, 3]
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * sum(self.sizes)))
+
+    def forward(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Loss over (Q, dim) states of all questions."""
+        rows, classes, geometry = [], [], []
+        asked = [(clip, question) for clip, questions in enumerate(batch.questions) for question in questions]
+        for number, (clip, question) in enumerate(asked):
+            labels = batch.labels[clip]
+            places = [places_of(name, question.type, labels) for name in question.about]
+            if places and all(place.any() for place in places):
+                for slot, (name, place) in enumerate(
+                    ((question.about[0], places[0]), (question.about[-1], places[-1]))
+                ):
+                    rows.append((number, slot))
+                    classes.append(_classes_at(place, name in TEXTURES, labels, batch.trends[clip]))
+                    geometry.append(labels.geometry[place].mean(0) if name not in TEXTURES else [-1.0] * 3)
+        if not rows:
+            return states.sum() * 0
+        number, slot = torch.tensor(rows, device=states.device).T
+        *logits, centers = self.head(states).unflatten(-1, (2, -1))[number, slot].split(self.sizes, -1)
+        targets = torch.tensor(np.array(classes), device=states.device)
+        loss = sum(
+            functional.cross_entropy(part, target, reduction="sum") / (target >= 0).sum().clamp_min(1)
+            for part, target in zip(logits, targets.T)
+        )
+        wanted = torch.tensor(np.array(geometry), dtype=torch.float32, device=states.device)
+        distance = functional.smooth_l1_loss(centers, wanted, beta=0.1, reduction="none").mean(-1)
+        return loss / len(logits) + 3 * (distance * (wanted[:, 0] >= 0)).mean()
+
+
+def _classes_at(place: np.ndarray, is_background: bool, labels: PatchLabels, trends: tuple) -> list[int]:
+    """Colour, shape, trend, rank, texture, scene at (F, N) places; -100 where it is not known or does not apply."""
+    trend, rank, scene = (part[place] for part in trends)
+    if is_background:
+        return [-100, -100, -100, -100, int(labels.textures[place][0]), int(scene[0])]
+    known = trend[trend >= 0]
+    return [
+        int(labels.colors[place][0]),
+        int(labels.shapes[place][0]),
+        int(known[-1]) if len(known) else -100,
+        int(rank[0].clip(max=5)),
+        -100,
+        int(scene[0]),
+    ]

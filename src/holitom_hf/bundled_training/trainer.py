@@ -22,7 +22,7 @@ from ..scenes import random_clip
 from ..tiny_model import tiny_model, tiny_processor
 from ..video_questions import NUM_FRAMES, QUESTION_TYPES, draw_set, uniform_times
 from .batches import TRAIN_SEEDS, Batch, QuestionedClips, SingleFrames
-from .heads import PatchHeads, TrendHeads
+from .heads import PatchHeads, SubjectHeads, TrendHeads
 from .labels import GRID, SIDE, places_of
 
 
@@ -30,6 +30,7 @@ DENSE_LAYER = 4  # layer whose input tells, for every video token, what the shap
 LOOK_LAYER = 4  # layer in which the question's last token looks at the shapes that are asked about
 VISUAL_SCALE = 0.1  # standard deviation of visual tokens; text starts from tiny_model's initializer_range
 LOOK_WEIGHT = 1.0
+SUBJECT_WEIGHT = 1.0
 TYPE_WEIGHTS = {"motion": 4.0, "scene order": 3.0, "relation": 2.0, "change": 2.0, "appearance order": 1.5}
 SAVE_EVERY = 100  # steps
 
@@ -62,6 +63,7 @@ class Forwarded:
         dense: (B, V, dim) states of the visual tokens, newlines included, before DENSE_LAYER.
         seen, seen_positions: The same before LOOK_LAYER, and (V,) their positions.
         asking, asking_positions: (Q, dim) states of the last tokens before the answers there, (Q,) their positions.
+        found: (Q, dim) their states after it.
     """
 
     logits: torch.Tensor
@@ -72,6 +74,7 @@ class Forwarded:
     seen_positions: torch.Tensor
     asking: torch.Tensor
     asking_positions: torch.Tensor
+    found: torch.Tensor
 
     @property
     def is_wrong(self) -> torch.Tensor:
@@ -114,7 +117,9 @@ class Trainer:
             embedding = self.model.model.vision_tower.embeddings.position_embedding.weight
             embedding.copy_(grid_waves(GRID, embedding.shape[1]))
         dim = self.model.config.text_config.hidden_size
-        self.heads = nn.ModuleDict({"patch": PatchHeads(dim), "trend": TrendHeads(dim)}).to(self.device)
+        self.heads = nn.ModuleDict(
+            {"patch": PatchHeads(dim), "trend": TrendHeads(dim), "subject": SubjectHeads(dim)}
+        ).to(self.device)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.phase, self.step, self.seconds = "vision", 0, 0.0
         self.optimizer: torch.optim.Optimizer | None = None
@@ -157,8 +162,8 @@ class Trainer:
             self.optimizer.load_state_dict(state)
 
     def _update(self, loss: torch.Tensor, num_steps: int) -> None:
-        """One step: warm-up, constant rate, and a fall over the last third."""
-        factor = min(1.0, (self.step + 1) / 100, max(0.02, (num_steps - self.step) / (num_steps / 3)))
+        """One step: warm-up, constant rate, and a fall over the last fifth."""
+        factor = min(1.0, (self.step + 1) / 100, max(0.02, (num_steps - self.step) / (num_steps / 5)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rates[self.phase] * factor
         self.optimizer.zero_grad(set_to_none=True)
@@ -323,6 +328,7 @@ class Trainer:
             seen_positions=positions[visual],
             asking=answered.hidden_states[LOOK_LAYER][torch.arange(len(rows)), last],
             asking_positions=later[last],
+            found=answered.hidden_states[LOOK_LAYER + 1][torch.arange(len(rows)), last],
         )
 
     def answer_loss(self, batch: Batch, forwarded: "Forwarded") -> torch.Tensor:
@@ -389,7 +395,7 @@ class Trainer:
         """The second phase, or as much of it as lies before step `stop_at`."""
         self.model.model.vision_tower.requires_grad_(False)
         self.model.model.multi_modal_projector.requires_grad_(False)
-        parts = (self.model, self.heads["trend"])
+        parts = (self.model, self.heads["trend"], self.heads["subject"])
         self._start([p for part in parts for p in part.parameters() if p.requires_grad])
         for batch in _loader(QuestionedClips(self.step, self.answer_steps, self.rank)):
             if self.step == stop_at:
@@ -398,7 +404,9 @@ class Trainer:
             run = self.answer_logits(batch)
             answer_loss, look_loss = self.answer_loss(batch, run), self.look_loss(batch, run)
             metrics = {"loss": answer_loss.item(), "right": 1 - run.is_wrong.mean().item(), "look": look_loss.item()}
-            loss = answer_loss + LOOK_WEIGHT * look_loss
+            subject_loss = self.heads["subject"](run.found, batch)
+            metrics["subject"] = subject_loss.item()
+            loss = answer_loss + LOOK_WEIGHT * look_loss + SUBJECT_WEIGHT * subject_loss
             if batch.layout == "video":
                 dense = self.heads["trend"](run.dense[:, :-1], batch)
                 metrics["dense"] = dense.item()
