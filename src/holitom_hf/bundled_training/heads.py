@@ -118,7 +118,7 @@ class SubjectHeads(nn.Module):
         )
         wanted = torch.tensor(np.array(geometry), dtype=torch.float32, device=states.device)
         distance = functional.smooth_l1_loss(centers, wanted, beta=0.1, reduction="none").mean(-1)
-        return loss / len(logits) + 3 * (distance * (wanted[:, 0] >= 0)).mean()
+        return loss / len(logits) + 10 * (distance * (wanted[:, 0] >= 0)).mean()
 
 
 def _classes_at(place: np.ndarray, is_background: bool, labels: PatchLabels, trends: tuple) -> list[int]:
