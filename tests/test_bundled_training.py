@@ -166,11 +166,11 @@ def test_looking_is_measured_as_the_decoder_attends(tmp_path):
             ids = tokenizer(f"\n{question.text}<|im_end|><|im_start|>assistant\n", return_tensors="pt")["input_ids"]
             embeds = torch.cat([prefix[clip : clip + 1], model.get_input_embeddings()(ids)], 1)
             attentions = model.model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
-            rows = attentions[trainer_module.LOOK_LAYER][0, :2, -1, visual]
+            rows = attentions[trainer_module.LOOK_LAYER][0, :, -1, visual]
             rows = rows / rows.sum(-1, keepdim=True)
             if question.type == "existence" and not question.about:
                 losses += [-row[-1].log() for row in rows]
-            for row, name in zip(rows, (question.about * 2)[:2] if question.about else ()):
+            for row, name in zip(rows, np.repeat((question.about * 2)[:2], 2) if question.about else ()):
                 on_shape = torch.from_numpy(np.append(places_of(name, question.type, labels), False))
                 losses.append(-row[on_shape].sum().log())
     assert len(losses) >= 3

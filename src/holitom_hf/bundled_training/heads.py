@@ -55,34 +55,39 @@ class TrendHeads(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.sizes = [len(TRENDS), 6, 3, len(COLORS) + 1, len(SHAPES) + 1]
+        self.sizes = [len(TRENDS), 6, 3, len(COLORS) + 1, len(SHAPES) + 1, len(TEXTURES), 3]
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, sum(self.sizes)))
 
     def forward(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Loss over (B, F*N, dim) states."""
-        trends = [torch.from_numpy(np.stack(part)).to(states.device).flatten(1) for part in zip(*batch.trends)]
-        for name in ("colors", "shapes"):
-            trends.append(
-                torch.from_numpy(np.stack([getattr(label, name) for label in batch.labels]))
-                .to(states.device)
-                .flatten(1)
-            )
-        trend, rank, scene, colors, shapes = trends
-        logits = self.head(states).split(self.sizes, -1)
-        is_shape = colors > 0
 
-        def classify(part, target, mask):
+        def together(parts) -> torch.Tensor:
+            return torch.from_numpy(np.stack(list(parts))).to(states.device).flatten(1, 2)
+
+        trend, rank, scene = (together(part) for part in zip(*batch.trends))
+        colors, shapes, textures, geometry = (
+            together(getattr(label, name) for label in batch.labels)
+            for name in ("colors", "shapes", "textures", "geometry")
+        )
+        *logits, centers = self.head(states).split(self.sizes, -1)
+        is_shape = colors > 0
+        everywhere = torch.ones_like(is_shape)
+
+        def classify(part: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             mask = mask & (target >= 0)
             return functional.cross_entropy(part[mask], target[mask], reduction="sum") / mask.sum().clamp_min(1)
 
-        everywhere = torch.ones_like(is_shape)
-        loss = classify(logits[0], trend, is_shape) + 0.1 * classify(logits[0], trend, ~is_shape)
-        loss = (
-            loss
+        distance = functional.smooth_l1_loss(centers[is_shape], geometry[is_shape], beta=0.1, reduction="sum")
+        return (
+            classify(logits[0], trend, is_shape)
+            + 0.1 * classify(logits[0], trend, ~is_shape)
             + 0.7 * classify(logits[1], rank.clamp(max=5), is_shape)
             + 0.5 * classify(logits[2], scene, everywhere)
+            + 0.3 * classify(logits[3], colors, is_shape)
+            + 0.3 * classify(logits[4], shapes, is_shape)
+            + 0.3 * classify(logits[5], textures, everywhere)
+            + distance / is_shape.sum().clamp_min(1)
         )
-        return loss + 0.3 * (classify(logits[3], colors, is_shape) + classify(logits[4], shapes, is_shape))
 
 
 class SubjectHeads(nn.Module):

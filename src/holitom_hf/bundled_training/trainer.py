@@ -341,25 +341,26 @@ class Trainer:
         return (losses * weight).sum() / weight.sum()
 
     def look_loss(self, batch: Batch, forwarded: "Forwarded") -> torch.Tensor:
-        """How far two heads of the last token before the answer look away from the shapes that are asked about."""
+        """How far the heads of the last token before an answer look away from what is asked about."""
         decoder = self.model.model.language_model
         layer, head_dim = decoder.layers[LOOK_LAYER], decoder.layers[LOOK_LAYER].self_attn.head_dim
-        queries = layer.self_attn.q_proj(layer.input_layernorm(forwarded.asking))[:, : 2 * head_dim]
-        keys = layer.self_attn.k_proj(layer.input_layernorm(forwarded.seen))[..., :head_dim]  # (B, V, d)
+        queries = layer.self_attn.q_proj(layer.input_layernorm(forwarded.asking)).unflatten(-1, (-1, head_dim))
+        keys = layer.self_attn.k_proj(layer.input_layernorm(forwarded.seen)).unflatten(-1, (-1, head_dim))
+        num_heads = queries.shape[1]
 
-        queries = queries.view(len(queries), 2, head_dim)
-        cos, sin = (part[0][:, None] for part in decoder.rotary_emb(queries, forwarded.asking_positions[None].float()))
-        queries = queries * cos + rotate_half(queries) * sin  # (Q, 2, d)
-        cos, sin = decoder.rotary_emb(keys, forwarded.seen_positions[None].float())
-        keys = keys * cos + rotate_half(keys) * sin
-        per_clip = len(queries) // len(keys)
-        scores = torch.einsum("bqhd,bvd->bqhv", queries.unflatten(0, (-1, per_clip)), keys) / math.sqrt(head_dim)
-        log_share = scores.log_softmax(-1)  # (B, Q, 2, V)
+        def turn(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            cos, sin = (part[0][:, None] for part in decoder.rotary_emb(values, positions[None].float()))  # (V, 1, d)
+            return values * cos + rotate_half(values) * sin
+
+        queries = turn(queries, forwarded.asking_positions).unflatten(0, (len(keys), -1))  # (B, Q, H, d)
+        keys = turn(keys, forwarded.seen_positions).repeat_interleave(num_heads // keys.shape[2], 2)  # (B, V, H, d)
+        scores = torch.einsum("bqhd,bvhd->bqhv", queries, keys) / math.sqrt(head_dim)
+        log_share = scores.log_softmax(-1)  # (B, Q, H, V)
         targets, rows = [], []
         for clip, (labels, asked) in enumerate(zip(batch.labels, batch.questions)):
             for number, question in enumerate(asked):
                 wanted = [places_of(name, question.type, labels) for name in question.about]
-                if wanted and all(places.any() for places in wanted):  # a head for each of two things, both for one
+                if wanted and all(places.any() for places in wanted):  # half of the heads for each of two things
                     ends = (wanted[0], wanted[-1])
                     targets.append(np.stack([_along_tokens(places, batch.layout, keys.shape[1]) for places in ends]))
                     rows.append((clip, number))
@@ -370,6 +371,7 @@ class Trainer:
             return scores.sum() * 0
         clips, numbers = torch.tensor(rows, device=self.device).T
         is_target = torch.from_numpy(np.stack(targets)).to(self.device)  # (T, 2, V)
+        is_target = is_target.repeat_interleave(num_heads // 2, 1)
         chosen = log_share[clips, numbers].masked_fill(~is_target, -torch.inf)
         return -chosen.logsumexp(-1).mean()
 
