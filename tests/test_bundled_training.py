@@ -112,7 +112,12 @@ def small_batches(monkeypatch):
     def single_frames(size, start, rank):
         return SingleFrames(4, start, rank)
 
+    def questioned_clips(start, num_steps, rank):
+        return QuestionedClips(start, num_steps, rank, num_tokens=200, num_questions=3)
+
     monkeypatch.setattr(trainer_module, "SingleFrames", single_frames)
+    monkeypatch.setattr(trainer_module, "QuestionedClips", questioned_clips)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, num_questions: {"accuracy": 0.0})
     monkeypatch.setattr(trainer_module, "_loader", iter)
 
 
@@ -132,6 +137,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, small_batches, mo
 
     whole, parts = weights("whole", 6), weights("parts", 2, 6)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_accuracy_is_measured_on_the_averaged_weights(tmp_path):
+    trainer = Trainer(tmp_path, 1, 1, "cpu")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    scores = trainer.evaluate(9)
+    assert 0 <= scores["accuracy"] <= 1
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+    trainer.average["lm_head.weight"] = trainer.average["lm_head.weight"] * float("nan")
+    assert trainer.evaluate(9)["accuracy"] == 0
 
 
 def test_loss_falls_and_the_model_is_a_checkpoint(tmp_path, small_batches):
