@@ -292,7 +292,7 @@ def _plot_flops(rows: list[Row], figure_class, out: Path) -> Path:
     axes = figure.subplots()
     full = next(row for row in rows if row.method == "full")
     axes.axhline(100 * full.accuracy, color="black", linestyle="--", linewidth=1)
-    axes.annotate("uncompressed", (0.99, 100 * full.accuracy), ("axes fraction", "data"), ha="right", va="bottom")
+    axes.text(0.01, 100 * full.accuracy, "uncompressed", transform=axes.get_yaxis_transform(), va="bottom")
     for name, method in METHODS.items():
         own = sorted((row for row in rows if row.method == name), key=lambda row: row.flops_share)
         if not own:

@@ -64,8 +64,14 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
         if processor_kwargs:
             kwargs["processor_kwargs"] = processor_kwargs
         preprocess, forward, postprocess = super()._sanitize_parameters(generate_kwargs=generate_kwargs, **kwargs)
-        if not forward["generate_kwargs"]:
-            forward.pop("generate_kwargs")  # so that a call without any keeps those of the construction
+        # What the constructor was given holds where a call does not say otherwise, entry by entry.
+        for params, own, name in (
+            (forward, getattr(self, "_forward_params", {}), "generate_kwargs"),
+            (preprocess, getattr(self, "_preprocess_params", {}), "processor_kwargs"),
+        ):
+            merged = own.get(name, {}) | params.get(name, {})
+            if merged:
+                params[name] = merged
         return preprocess, forward, postprocess
 
     def __call__(self, text=None, **kwargs):
