@@ -190,9 +190,7 @@ class TestWithoutThePackage:
         assert report["tokens"] == expected.tolist()
         assert report["again"] == name
         assert report["frames"] == [1, 3, 3, 32, 32]
-        # Saved again as remote code, a checkpoint has the files that were imported; the pipeline's was not.
-        files = {file.name for file in (tmp_path / "again").glob("*.py")}
-        assert files == set(REMOTE_CODE_FILES) - {"pipeline_holitom.py"}
+        assert {file.name for file in (tmp_path / "again").glob("*.py")} == set(REMOTE_CODE_FILES)
 
     def test_auto_classes_give_upstreams_without_it(self, upstream, checkpoint, tmp_path, inputs):
         report = self.run(checkpoint, tmp_path, inputs, "plain")

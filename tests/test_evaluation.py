@@ -102,6 +102,15 @@ def test_answers_of_another_set_are_not_mixed_in(answerer, folder, asked, runs, 
     evaluate(answerer, folder / "questions", asked[:2], runs[:1], tmp_path, max_new_tokens=1)
     with pytest.raises(ValueError, match="another model or another set of questions"):
         evaluate(answerer, folder / "questions", asked[:3], runs[:1], tmp_path, max_new_tokens=1)
+    weight = answerer.model.lm_head.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    try:  # a model of the same name that was trained on
+        with pytest.raises(ValueError, match="another model or another set of questions"):
+            evaluate(answerer, folder / "questions", asked[:2], runs[:1], tmp_path, max_new_tokens=1)
+    finally:
+        with torch.no_grad():
+            weight.div_(2)
 
 
 @pytest.mark.parametrize(("answer", "truth", "right"), [(" Red.", "red", True), ("red circle", "red", False)])

@@ -51,10 +51,10 @@ REMOTE_CODE_FILES = (
     "generation_holitom.py",
     "model_card_holitom.py",
     "checkpoint_holitom.py",
+    "pipeline_holitom.py",
     "modeling_holitom.py",
     "video_decoding.py",
     "processing_holitom.py",
-    "pipeline_holitom.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_holitom.HoliTomLlavaOnevisionConfig",

@@ -88,10 +88,12 @@ class AnswerFile:
 
 
 def describe(answerer: Answerer, questions: list[VideoQuestion]) -> dict:
-    """What tells one evaluation from another: the model's name and configuration, and the questions."""
+    """What tells one evaluation from another: configuration, the start of every weight, dtype, and the questions."""
     config = answerer.config.to_dict()
     config.pop("transformers_version", None)
-    texts = json.dumps([config, [asdict(question) for question in questions]], sort_keys=True, default=str)
+    weights = [parameter.flatten()[:16].tolist() for parameter in answerer.model.parameters() if not parameter.is_meta]
+    asked = [asdict(question) for question in questions]
+    texts = json.dumps([config, str(answerer.model.dtype), weights, asked], sort_keys=True, default=str)
     return {"model": Path(answerer.name).name, "sha256": hashlib.sha256(texts.encode()).hexdigest()}
 
 

@@ -23,6 +23,7 @@ from .decoder_holitom import HoliTomQwen2Model
 from .generation_holitom import HoliTomGenerationMixin
 from .inner_merging import InnerStage
 from .packed_rows import PackedRows, take_rows
+from .pipeline_holitom import VideoTextToTextPipeline  # noqa: F401 - as remote code, only imported files travel on
 from .token_merging import MergedVideo, merge_video_tokens
 from .video_placeholders import (
     assign_videos,

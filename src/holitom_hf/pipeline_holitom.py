@@ -8,7 +8,6 @@ from transformers import AnyToAnyPipeline
 from transformers.pipelines.any_to_any import Chat
 
 from .configuration_holitom import HoliTomConfig, save_remote_code
-from .modeling_holitom import HoliTomLlavaOnevisionForConditionalGeneration
 
 
 class VideoTextToTextPipeline(AnyToAnyPipeline):
@@ -37,7 +36,7 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         """Overrides Pipeline.check_model_type, whose list knows no model from outside transformers."""
         # By name: as remote code, the class is imported under more than one module name.
-        if type(self.model).__name__ != HoliTomLlavaOnevisionForConditionalGeneration.__name__:
+        if type(self.model).__name__ != "HoliTomLlavaOnevisionForConditionalGeneration":
             super().check_model_type(supported_models)
 
     def _sanitize_parameters(

@@ -199,11 +199,11 @@ def _texture(scene: Scene, side: int, margin: int) -> np.ndarray:
     elif scene.texture == "bricks":
         row = np.floor(y)
         along = (x / 2 + row / 2) % 1
-        pattern = (0.09 - np.minimum(np.abs((y % 1) - 0.5) * -1 + 0.5, np.minimum(along, 1 - along) * 2)) * 2 * soft
+        pattern = (0.09 - np.minimum(0.5 - np.abs((y % 1) - 0.5), np.minimum(along, 1 - along) * 2)) * 2 * soft
     elif scene.texture == "waves":
         pattern = np.sin(2 * np.pi * (y + 0.35 * np.sin(np.pi * x))) * soft
     else:
-        pattern = (grid[None] + grid[:, None] - 1) * 0.5 * soft / soft
+        pattern = (grid[None] + grid[:, None] - 1) * 0.5
     share = np.clip(0.5 + pattern, 0, 1) * np.ones((len(grid), len(grid)), np.float32)
     return (base + share[..., None] * (tone - base)).astype(np.float32)
 
