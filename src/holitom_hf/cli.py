@@ -1,4 +1,4 @@
-"""The command line: `holitom-hf answer`, `convert`, `questions` and `evaluate`."""
+"""The command line, `holitom-hf`."""
 
 import contextlib
 import json
@@ -140,6 +140,42 @@ def _summary(result) -> Table:
         f"first token, {seconds['generate']:.2f} answer ({result.num_answer_tokens} tokens)",
     )
     return table
+
+
+@app.command()
+def visualize(
+    video: Annotated[str, typer.Argument(help="Video file or URL.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png, .mp4 or .html file to write.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
+    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
+    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Shows segments, and which tokens of a video are kept, merged and dropped."""
+    with _one_line_errors():
+        settings = _settings(preset, retention_ratio)
+        try:
+            from .visualization_files import view_merging, writer_for
+        except ModuleNotFoundError as error:
+            raise ImportError(f"pictures need {error.name}: pip install 'holitom-hf[plots]'") from error
+        write = writer_for(out)
+        _quiet()
+        from .answering import Answerer
+
+        answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+        answerer.load_model()
+        view = view_merging(answerer, video, frames)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".holitom.") as folder:
+            write(view, Path(folder) / out.name)
+            os.replace(Path(folder) / out.name, out)
+        merged = view.merged
+        print(
+            f"Wrote {out}: {merged.num_input_tokens} tokens of {len(view.frames)} frames in {len(merged.segments)} "
+            f"segments, {merged.num_tokens} kept."
+        )
 
 
 @app.command()
