@@ -9,9 +9,9 @@ import torch
 from transformers import BatchFeature, TextStreamer
 
 from .configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
-from .flops import prefill_flops, tokens_by_layer
 from .modeling_holitom import HoliTomLlavaOnevisionForConditionalGeneration
 from .processing_holitom import HoliTomProcessor
+from .savings import row_savings
 
 
 @dataclass
@@ -223,37 +223,22 @@ class Answerer:
             "first_token": stopwatch.first_token_at - start,
             "generate": end - stopwatch.first_token_at,
         }
-        record = getattr(outputs.past_key_values, "compressed_sequence", None)
+        [savings] = row_savings(
+            outputs.past_key_values,
+            features["attention_mask"],
+            [question.encoded.pooler_output.shape[1]],
+            self.model.config.text_config,
+        )
+        figures = asdict(savings) | {"num_segments": savings.num_segments or question.num_frames}
+        figures.pop("flops")
         return Answer(
             text=self.processor.decode(tokens, skip_special_tokens=True).strip(),
             prompt_length=prompt_length,
             num_frames=question.num_frames,
             num_answer_tokens=len(tokens),
             seconds=seconds,
-            **self._savings(record, prompt_length, question),
+            **figures,
         )
-
-    def _savings(self, record, prompt_length: int, question: PreparedQuestion) -> dict:
-        before = question.encoded.pooler_output.shape[1]
-        num_text = prompt_length - before
-        outer, inner, layer, segments = before, before, None, question.num_frames
-        if record is not None:
-            outer = inner = int(record.outer_mask.sum()) - num_text
-            segments = len(record.merged_videos[0][0].segments)
-            if record.inner_layer is not None:
-                inner, layer = int(record.inner_mask.sum()) - num_text, record.inner_layer
-        text_config = self.model.config.text_config
-        sizes = text_config.hidden_size, text_config.intermediate_size
-        by_layer = tokens_by_layer(num_text + outer, num_text + inner, layer, text_config.num_hidden_layers)
-        plain = prefill_flops([prompt_length] * text_config.num_hidden_layers, *sizes)
-        return {
-            "num_segments": segments,
-            "visual_tokens_before": before,
-            "visual_tokens_outer": outer,
-            "visual_tokens_inner": inner,
-            "inner_merge_layer": layer,
-            "flops_share": prefill_flops(by_layer, *sizes) / plain,
-        }
 
     def _wait(self) -> None:
         if self.model.device.type == "cuda":

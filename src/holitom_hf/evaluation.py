@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .answering import Answerer
 from .configuration_holitom import HoliTomConfig
 from .evaluation_methods import Run
-from .flops import prefill_flops, tokens_by_layer
 from .modeling_holitom import HoliTomVideoFeatures
+from .savings import row_savings
 from .video_questions import VideoQuestion
 
 
@@ -219,16 +219,10 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
     )
     seconds = (time.perf_counter() - start) / len(questions)
 
-    lengths = outer = inner = inputs["attention_mask"].sum(1).tolist()
-    record = getattr(outputs.past_key_values, "compressed_sequence", None)
-    layer = None
-    if record is not None:
-        outer, inner, layer = record.outer_mask.sum(1).tolist(), record.inner_mask.sum(1).tolist(), record.inner_layer
-    text_config = model.config.text_config
+    num_visual = [len(video) for video in videos.pooler_output]
+    savings = row_savings(outputs.past_key_values, inputs["attention_mask"], num_visual, model.config.text_config)
     results = []
     for row, question in enumerate(questions):
-        num_text = lengths[row] - len(videos.pooler_output[row])
-        by_layer = tokens_by_layer(outer[row], inner[row], layer, text_config.num_hidden_layers)
         is_counted = question.id in counted
         results.append(
             Result(
@@ -238,9 +232,9 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
                 type=question.type,
                 answer=texts[row].strip(),
                 is_right=is_right(texts[row], question.answer),
-                tokens_outer=outer[row] - num_text,
-                tokens_inner=inner[row] - num_text,
-                flops=prefill_flops(by_layer, text_config.hidden_size, text_config.intermediate_size),
+                tokens_outer=savings[row].visual_tokens_outer,
+                tokens_inner=savings[row].visual_tokens_inner,
+                flops=savings[row].flops,
                 flops_counted=_count(answerer, run, question, encoded) if is_counted else None,
                 seconds=seconds,
             )
