@@ -8,12 +8,13 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn, track
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -143,6 +144,70 @@ def _summary(result) -> Table:
 
 
 @app.command()
+def batch(
+    inputs: Annotated[str, typer.Argument(help="Folder of videos, JSONL of {id, video, question}, or a dataset.")],
+    output: Annotated[Path, typer.Argument(help="JSONL file to write; a stopped run goes on.")],
+    question: Annotated[str | None, typer.Option(help="Asked of every video without a question of its own.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
+    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
+    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos at once on each process.")] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead, for each process.")] = 2,
+    retry_errors: Annotated[bool, typer.Option(help="Try inputs again that ended in an error.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
+    with _one_line_errors():
+        settings = _settings(preset, retention_ratio)
+        from .batch_inputs import input_ids, read_inputs
+
+        asked = read_inputs(inputs, question, split)
+        _quiet()
+        from accelerate import PartialState
+
+        from .answering import Answerer
+        from .batch_answering import answer_all, missing_inputs, run_name
+        from .batch_records import BatchRecords
+
+        # The fast must wait for the slow at the end, however long that takes.
+        state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
+        if state.num_processes > 1 and device == "auto":
+            device = str(state.device)
+        answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+        run = run_name(answerer, frames=frames, max_new_tokens=max_new_tokens, question=question)
+        records = BatchRecords(output, run)
+        if state.is_main_process:
+            records.prepare()
+        state.wait_for_everyone()
+        missing = missing_inputs(asked, records, retry_errors)
+        state.wait_for_everyone()  # before anyone adds to what the others still read
+        num_before = records.count()
+        answerer.load_model()
+        start = time.perf_counter()
+        with _videos_bar(len(missing), is_shown=state.is_main_process) as bar:
+
+            def add(new: list[dict]) -> None:
+                records.add(new, state.process_index)
+                bar.update(bar.task_ids[0], completed=records.count() - num_before)
+
+            share = missing[state.process_index :: state.num_processes]
+            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens)
+            state.wait_for_everyone()
+        if state.is_main_process:
+            seconds = time.perf_counter() - start
+            written = records.finish(input_ids(asked))
+            num_errors = sum("error" in record for record in written.values())
+            print(
+                f"Wrote {output}: {len(written)} records, {num_errors} of them errors; {len(missing)} new in "
+                f"{seconds:.1f} s ({len(missing) / max(seconds, 1e-9):.2f} videos/s)."
+            )
+
+
+@app.command()
 def visualize(
     video: Annotated[str, typer.Argument(help="Video file or URL.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png, .mp4 or .html file to write.")],
@@ -263,6 +328,22 @@ def evaluate(
         files = write_report(summarize(results, runs), "holitom-hf " + shlex.join(sys.argv[1:]), out)
         print((out / "table.md").read_text())
         print("Wrote " + ", ".join(map(str, files)) + ".")
+
+
+def _videos_bar(total: int, is_shown: bool):
+    """A progress bar on stderr with videos a second and the time that is left."""
+    columns = ("Answering", BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=not is_shown)
+    bar.add_task("videos", total=total)
+    return bar
+
+
+class _Speed(ProgressColumn):
+    """Videos a second."""
+
+    def render(self, task):
+        """Overrides ProgressColumn.render."""
+        return f"{task.finished_speed or task.speed or 0:.2f} videos/s"
 
 
 def _bar(text: str):

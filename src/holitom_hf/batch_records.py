@@ -1,0 +1,112 @@
+"""The records of a batch on disk: whatever is killed when, none is lost and none is there twice."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class BatchRecords:
+    """
+    One record per input. While a run goes on, each process appends to a file of its own beside the output; at the end
+    they become the output in one step. A run that is started again finds what is there already.
+
+    The folder of parts must be seen by all processes: on several machines it lies on a file system they share.
+    """
+
+    def __init__(self, output: Path, run: str):
+        """
+        Args:
+            output: The JSONL file to be.
+            run: Stands for what a record depends on besides its input, the model and its settings; part of each.
+        """
+        self.output, self.run = Path(output), run
+        self.parts = self.output.with_name(self.output.name + ".parts")
+        self.file = None
+        self._read_up_to: dict[Path, tuple[int, int]] = {}
+
+    def prepare(self) -> None:
+        """
+        Makes the folder and mends what a killed run left. For one process, before the others go on.
+
+        Raises:
+            ValueError: If the output is a folder.
+        """
+        if self.output.is_dir():
+            raise ValueError(f"{str(self.output)!r} is a folder: name a file to write")
+        self.parts.mkdir(parents=True, exist_ok=True)
+        for part in self._part_files():
+            whole = part.read_bytes()
+            end = whole.rfind(b"\n") + 1
+            if end < len(whole):  # killed within a line
+                os.truncate(part, end)
+
+    def read(self) -> dict[str, dict]:
+        """
+        All records so far by id; an answer counts more than an error.
+
+        Raises:
+            ValueError: If some are of another run, or no records.
+        """
+        records = {}
+        for path in [self.output, *self._part_files()]:
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+                try:
+                    record = json.loads(line)
+                    name, run = record["id"], record["run"]
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(f"{str(path)!r} is no output of this command: choose another file") from error
+                if run != self.run:
+                    raise ValueError(
+                        f"{str(path)!r} holds answers of another model or other settings: choose another output"
+                    )
+                if name not in records or "error" in records[name]:
+                    records[name] = record
+        return records
+
+    def count(self) -> int:
+        """Number of records in the parts, of all processes."""
+        for part in self._part_files():
+            offset, number = self._read_up_to.get(part, (0, 0))
+            with open(part, "rb") as file:
+                file.seek(offset)
+                new = file.read()
+            self._read_up_to[part] = offset + len(new), number + new.count(b"\n")
+        return sum(number for _, number in self._read_up_to.values())
+
+    def add(self, records: list[dict], process: int) -> None:
+        """Appends records for good, as one write."""
+        if self.file is None:
+            self.file = os.open(self.parts / f"{process:05d}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        lines = [json.dumps(record | {"run": self.run}, ensure_ascii=False) + "\n" for record in records]
+        text = "".join(lines).encode()
+        while text:
+            text = text[os.write(self.file, text) :]
+        os.fsync(self.file)
+
+    def finish(self, ids: Sequence[str]) -> dict[str, dict]:
+        """
+        Puts the records into the output, in the order of the inputs, and removes the parts. For one process.
+
+        Returns:
+            All records by id.
+        """
+        records = self.read()
+        order = [*(name for name in ids if name in records), *sorted(set(records) - set(ids))]
+        _replace(self.output, "".join(json.dumps(records[name], ensure_ascii=False) + "\n" for name in order))
+        shutil.rmtree(self.parts)
+        return records
+
+    def _part_files(self) -> list[Path]:
+        return sorted(self.parts.glob("*.jsonl"))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
