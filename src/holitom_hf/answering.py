@@ -11,7 +11,7 @@ from transformers import BatchFeature, TextStreamer
 from .configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
 from .modeling_holitom import HoliTomLlavaOnevisionForConditionalGeneration
 from .processing_holitom import HoliTomProcessor
-from .savings import row_savings
+from .savings import cache_bytes, row_savings
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Answer:
         inner_merge_layer: The layer before which stage 3 ran; `None` if it did not.
         flops_share: Prefill operations of the decoder against the uncompressed one's, by the paper's formula.
         num_answer_tokens: Length of the answer.
+        cache_bytes: Keys and values at the end.
         seconds: `decode`, `encode`, `first_token` (merging and prefill), `generate` (the tokens after the first).
     """
 
@@ -61,6 +62,7 @@ class Answer:
     inner_merge_layer: int | None
     flops_share: float
     num_answer_tokens: int
+    cache_bytes: int
     seconds: dict[str, float]
 
     def to_dict(self) -> dict:
@@ -157,12 +159,12 @@ class Answerer:
         except OSError as error:
             raise OSError(f"the model {self.name!r} can't be loaded: {error}") from error
 
-    def prepare(self, video: str, question: str, num_frames: int | None = None) -> PreparedQuestion:
+    def prepare(self, video: str | torch.Tensor, question: str, num_frames: int | None = None) -> PreparedQuestion:
         """
         Decodes the video and writes the prompt.
 
         Args:
-            video: Path or URL.
+            video: Path, URL, or (F, 3, H, W) frames.
             question: The question.
             num_frames: Frames to take; `None`: at most the processor's.
 
@@ -236,6 +238,7 @@ class Answerer:
             prompt_length=prompt_length,
             num_frames=question.num_frames,
             num_answer_tokens=len(tokens),
+            cache_bytes=cache_bytes(outputs.past_key_values),
             seconds=seconds,
             **figures,
         )

@@ -244,6 +244,59 @@ def visualize(
 
 
 @app.command()
+def demo(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
+    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Starts a web page that answers with and without HoliTom, side by side."""
+    with _one_line_errors():
+        settings = _settings(preset, None)
+        try:
+            from .web_demo import LAUNCH_OPTIONS, build_app
+        except ModuleNotFoundError as error:
+            raise ImportError(f"the web page needs {error.name}: pip install 'holitom-hf[demo]'") from error
+        _quiet()
+        from .answering import Answerer
+
+        answerer = Answerer(model_name(model), settings, device=device, dtype=dtype)
+        answerer.load_model()
+        page = build_app(answerer, BUNDLED_ABOUT if model == BUNDLED_NAME else "")
+        page.launch(server_name=host, server_port=port, **LAUNCH_OPTIONS)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
+    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
+    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Starts transformers' OpenAI-compatible server for one compressed model."""
+    with _one_line_errors():
+        settings = _settings(preset, retention_ratio)
+        try:
+            import uvicorn
+
+            from .serving import build_app
+        except ImportError as error:
+            raise ImportError(f"serving needs more ({error}): pip install 'holitom-hf[serving]'") from error
+        _quiet()
+        from .answering import Answerer
+
+        answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+        answerer.load_model()
+        uvicorn.run(build_app(answerer, model, frames), host=host, port=port)
+
+
+@app.command()
 def convert(
     base: Annotated[str, typer.Argument(help="Folder or Hub repository of a LLaVA-OneVision model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],

@@ -32,6 +32,12 @@ class Savings:
     flops_share: float
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of a cache's keys and values."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
 def row_savings(cache: Cache, attention_mask: torch.Tensor, num_visual: list[int], text_config) -> list[Savings]:
     """
     Args:

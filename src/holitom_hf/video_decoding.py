@@ -1,5 +1,7 @@
 """A few frames out of a video file with PyAV, by seeking: the time does not grow with the video's length."""
 
+import base64
+import binascii
 import bisect
 import contextlib
 import io
@@ -17,7 +19,7 @@ from huggingface_hub import get_session
 from transformers.video_utils import VideoMetadata
 
 
-# What can be opened: a path, a URL, the file's bytes, or a binary file object.
+# What can be opened: a path, a URL (http, https or data), the file's bytes, or a binary file object.
 VideoFile = str | os.PathLike | bytes | io.IOBase
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
@@ -37,7 +39,7 @@ def read_video(
     Decodes the frames that `sample_indices` asks for.
 
     Args:
-        video: Path, `http(s)` URL, bytes or binary file object.
+        video: Path, `http(s)` or base64 `data` URL, bytes or binary file object.
         sample_indices: Takes the metadata (number of frames, frames per second, duration in seconds, size), returns
             the indices of the frames to decode, ascending; repeats are allowed.
 
@@ -284,6 +286,8 @@ def _picture(frame: av.VideoFrame) -> torch.Tensor:
 
 
 def _name_of(video: VideoFile) -> str:
+    if isinstance(video, str) and video.startswith("data:"):
+        return "the video passed as a data URL"
     if isinstance(video, (str, os.PathLike)):
         return repr(os.fspath(video))
     return repr(video.name) if isinstance(getattr(video, "name", None), str) else "the video passed as bytes"
@@ -291,6 +295,8 @@ def _name_of(video: VideoFile) -> str:
 
 def _open_source(video: VideoFile, name: str) -> tuple[str | io.IOBase, int | None]:
     """What PyAV opens, and its size in bytes where it is known."""
+    if isinstance(video, str) and video.startswith("data:"):
+        video = _decode_data_url(video)
     if isinstance(video, (bytes, bytearray)):
         video = io.BytesIO(video)
     elif isinstance(video, str) and video.startswith(("http://", "https://")):
@@ -312,6 +318,17 @@ def _open_source(video: VideoFile, name: str) -> tuple[str | io.IOBase, int | No
     if size == 0:
         raise ValueError(f"{name} is empty (0 bytes)")
     return video, size
+
+
+def _decode_data_url(url: str) -> bytes:
+    """What stands in `data:video/mp4;base64,...`."""
+    head, comma, content = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError("the video's data URL must look like data:video/mp4;base64,...")
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the video's data URL is no base64: {error}") from error
 
 
 def _download(url: str) -> io.IOBase:

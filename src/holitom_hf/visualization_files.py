@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from .answering import Answerer
+from .configuration_holitom import HoliTomConfig
 from .merged_video import MergedVideo
 from .temporal_segmentation import frame_similarity
 from .token_merging import merge_video_tokens
@@ -58,9 +59,36 @@ class MergingView:
 
 
 @torch.inference_mode()
+def merge_frames(answerer: Answerer, frames: torch.Tensor, settings: HoliTomConfig) -> MergingView:
+    """
+    Encodes and merges a video; the decoder is not run.
+
+    Args:
+        answerer: With its weights loaded.
+        frames: (F, 3, H, W) uint8.
+        settings: What to merge by.
+
+    Raises:
+        ValueError: If the settings merge nothing.
+    """
+    if not settings.has_outer_stage:
+        raise ValueError("outer_method is 'none': before the decoder nothing is merged that could be shown")
+    model = answerer.model
+    pixels = answerer.processor.video_processor(frames, return_tensors="pt")["pixel_values_videos"]
+    pixels = pixels.to(model.device, model.dtype)
+    encoded = model.get_video_features(pixels, vision_batch_size=32, holitom_config=settings, return_dict=True)
+    importance = encoded.importance[0]
+    features = encoded.pooler_output[0]
+    tokens = features[:-1].view(*importance.shape, -1)
+    keys = encoded.keys[0] if encoded.keys is not None else None
+    merged = merge_video_tokens(tokens, importance, settings, newline=features[-1], keys=keys)
+    pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
+    return MergingView("video", pictures, merged, frame_similarity(tokens), settings.similarity_threshold)
+
+
 def view_merging(answerer: Answerer, video: str, num_frames: int | None = None) -> MergingView:
     """
-    Decodes, encodes and merges a video; the decoder is not run.
+    Decodes, encodes and merges a video with the model's own settings.
 
     Args:
         answerer: With its weights loaded.
@@ -70,27 +98,18 @@ def view_merging(answerer: Answerer, video: str, num_frames: int | None = None) 
     Raises:
         OSError, ValueError: If the video can't be read or has fewer frames, or the settings merge nothing.
     """
-    settings = answerer.config.holitom_config
-    if not settings.has_outer_stage:
-        raise ValueError("outer_method is 'none': before the decoder nothing is merged that could be shown")
-    model, video_processor = answerer.model, answerer.processor.video_processor
-    (frames,), _ = video_processor.decode(video, num_frames=num_frames)
-    pixels = video_processor(frames, return_tensors="pt")["pixel_values_videos"].to(model.device, model.dtype)
-    encoded = model.get_video_features(pixels, vision_batch_size=32, holitom_config=settings, return_dict=True)
-    importance = encoded.importance[0]
-    features = encoded.pooler_output[0]
-    tokens = features[:-1].view(*importance.shape, -1)
-    keys = encoded.keys[0] if encoded.keys is not None else None
-    merged = merge_video_tokens(tokens, importance, settings, newline=features[-1], keys=keys)
-    pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
-    name = Path(video).name
-    return MergingView(name, pictures, merged, frame_similarity(tokens), settings.similarity_threshold)
+    (frames,), _ = answerer.processor.video_processor.decode(video, num_frames=num_frames)
+    return replace(merge_frames(answerer, frames, answerer.config.holitom_config), name=Path(video).name)
+
+
+def figure_of(view: MergingView) -> Figure:
+    """Everything in one figure; see [`plot_merging`]."""
+    return plot_merging(view.merged, _resized(view.frames, MAX_SIDE), view.similarity, view.threshold)
 
 
 def write_picture(view: MergingView, path: Path) -> None:
-    """Everything in one figure; see [`plot_merging`]."""
-    figure = plot_merging(view.merged, _resized(view.frames, MAX_SIDE), view.similarity, view.threshold)
-    figure.savefig(path, dpi=150)
+    """The figure as a PNG."""
+    figure_of(view).savefig(path, dpi=150)
 
 
 def write_clip(view: MergingView, path: Path) -> None:

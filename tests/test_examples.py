@@ -1,0 +1,99 @@
+"""Every example runs as it stands."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holitom_hf.bundled import BUNDLED_MODEL
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(*command, cwd: Path) -> str:
+    """Standard output; the environment's own commands come first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_quickstart(tmp_path):
+    output = run(sys.executable, EXAMPLES / "quickstart.py", cwd=tmp_path)
+    kept = re.search(r"784 video tokens in (\d+) segments became (\d+)\.", output)
+    assert int(kept[2]) < 0.2 * 784
+
+
+def test_many_questions(demo, tmp_path):
+    questions = ["How many shapes are there?", "Does a red cross appear in the video?"]
+    arguments = [EXAMPLES / "many_questions_one_video.py", demo / "clip.mp4", BUNDLED_MODEL, *questions]
+    lines = run(sys.executable, *arguments, cwd=tmp_path).splitlines()
+    assert len(lines) == 3
+    assert lines[1].split("?")[1].strip() in ("one", "two", "three", "four", "five", "six")
+    assert lines[2].split("?")[1].strip() in ("yes", "no")
+
+
+def test_batch(tmp_path):
+    output = run("bash", EXAMPLES / "batch.sh", "out", "6", cwd=tmp_path)
+    assert re.search(r"\d of 6 answers are right", output)
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 6
+
+
+def test_fine_tuning(tmp_path):
+    options = ["--steps", "2", "--batch-size", "4", "--num-tested", "4", "--out", tmp_path / "lora"]
+    output = run(sys.executable, EXAMPLES / "fine_tune_lora.py", *options, cwd=tmp_path)
+    assert re.search(r"before: \d+% of 4 questions", output)
+    assert re.search(r"after:  \d+%", output)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_the_scripts_name_commands_and_options_that_exist():
+    from holitom_hf import HoliTomConfig
+
+    script = (EXAMPLES / "lmms_eval.sh").read_text()
+    assert HoliTomConfig.coerce(re.search(r"preset=\$\{1:-(\S+)\}", script)[1]).retention_ratio == 0.15
+    for name in ("batch.sh", "lmms_eval.sh"):
+        subprocess.run(["bash", "-n", str(EXAMPLES / name)], check=True)
+
+
+def test_the_notebook_runs_and_keeps_its_pictures(tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
+    nbclient = pytest.importorskip("nbclient")
+    stored = nbformat.read(EXAMPLES / "compare_methods.ipynb", as_version=4)
+    notebook = nbformat.from_dict(json.loads(json.dumps(stored)))
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("120, seed=5", "9, seed=5")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for book in (stored, notebook):
+        outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+        assert not [output for output in outputs if output.output_type == "error"]
+    [table] = [
+        output["data"]["text/markdown"]
+        for cell in stored.cells
+        for output in cell.get("outputs", [])
+        if "text/markdown" in output.get("data", {})
+    ]
+    assert "| HoliTom |" in table
+
+
+def test_the_space_is_complete(tmp_path):
+    pytest.importorskip("gradio")
+    front = (EXAMPLES / "space" / "README.md").read_text().split("---")[1]
+    assert "sdk: gradio" in front
+    assert "app_file: app.py" in front
+    code = "import app; print(type(app.app).__name__)"
+    output = run(sys.executable, "-c", code, cwd=EXAMPLES / "space")
+    assert output.splitlines()[-1] == "Blocks"
