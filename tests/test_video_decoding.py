@@ -1,3 +1,4 @@
+import base64
 import io
 import struct
 import threading
@@ -210,6 +211,17 @@ def test_a_file_with_few_keyframes_is_decoded_once(tmp_path, monkeypatch):
     frames, _ = read_video(path, uniform(8))
     assert len(frames) == 8
     assert len(decoded) == 200
+
+
+def test_a_data_url_is_decoded_as_its_file(tmp_path):
+    content = write_video(tmp_path / "clip.mp4", 12).read_bytes()
+    url = "data:video/mp4;base64," + base64.b64encode(content).decode()
+    frames, _ = read_video(url, every_frame)
+    assert numbers(frames) == list(range(12))
+    for broken, message in ((url.replace(";base64", ""), "must look like"), (url[:-3] + "!", "is no base64")):
+        with pytest.raises(ValueError, match=message) as raised:
+            read_video(broken, every_frame)
+        assert len(str(raised.value)) < 200
 
 
 class TestBadFiles:

@@ -100,7 +100,8 @@ def figures_text(answer: Answer, peak_memory: int | None) -> str:
     ]
     if peak_memory is not None:
         rows.append(("peak GPU memory", f"{peak_memory / 2**30:.2f} GiB"))
-    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+    head, *lines = (f"| {name} | {value} |" for name, value in rows)
+    return "\n".join([head, "| --- | --- |", *lines])
 
 
 class SideBySide:
@@ -120,7 +121,7 @@ class SideBySide:
         """The checkpoint's settings with the sliders' values."""
         return replace(self.own, retention_ratio=retention_ratio, similarity_threshold=similarity_threshold)
 
-    def __call__(
+    def answer(
         self, video: str | None, question: str | None, retention_ratio: float, similarity_threshold: float
     ) -> Iterator[tuple[str, str, str, str, Image.Image | None]]:
         """
@@ -216,12 +217,13 @@ def build_app(answerer: Answerer, about: str = "") -> gr.Blocks:
                 with gr.Column():
                     outputs.append(gr.Textbox(label=name, lines=3, interactive=False, elem_id=name.lower()))
                     outputs.append(gr.Markdown())
-        picture = gr.Image(label="What became of every token", interactive=False, buttons=["download", "fullscreen"])
+        gr.Markdown("### What HoliTom made of every token")
+        picture = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
         inputs = [video, question, ratio, threshold]
         gr.Examples(examples, [video, question], cache_examples=False)
         # One after another: answers that share the machine would spoil each other's times.
         for event in (ask.click, question.submit):
-            event(side_by_side, inputs, [*outputs, picture], concurrency_limit=1, concurrency_id="model")
+            event(side_by_side.answer, inputs, [*outputs, picture], concurrency_limit=1, concurrency_id="model")
     _warm_up(side_by_side, examples[0][0])
     return app
 
@@ -231,5 +233,6 @@ LAUNCH_OPTIONS = {"max_file_size": MAX_UPLOAD, "show_error": False, "footer_link
 
 def _warm_up(side_by_side: SideBySide, video: str) -> None:
     """The first answer takes longer than all others: it is not a visitor's."""
-    for _ in side_by_side(video, "Hello?", side_by_side.own.retention_ratio, side_by_side.own.similarity_threshold):
+    own = side_by_side.own
+    for _ in side_by_side.answer(video, "Hello?", own.retention_ratio, own.similarity_threshold):
         pass
