@@ -201,6 +201,7 @@ class TestRecords:
         records.add([{"id": "a"}, {"id": "b"}], process=0)
         with open(records.parts / "00001.jsonl", "w") as file:
             file.write('{"id": "c", "run": "run"}\n{"id": "d", "ru')
+        records.lock.close()  # as when its process ends
         again = BatchRecords(tmp_path / "out.jsonl", "run")
         again.prepare()
         assert set(again.read()) == {"a", "b", "c"}
@@ -209,6 +210,16 @@ class TestRecords:
         assert again.count() == 4
         assert list(again.finish(["d", "c", "b", "a"])) is not None
         assert [record["id"] for record in read_lines(tmp_path / "out.jsonl")] == ["d", "c", "b", "a"]
+
+    def test_two_runs_do_not_write_at_once(self, tmp_path):
+        first, second = BatchRecords(tmp_path / "out.jsonl", "run"), BatchRecords(tmp_path / "out.jsonl", "run")
+        first.prepare()
+        first.add([{"id": "a"}], process=0)
+        with pytest.raises(ValueError, match="another run is writing"):
+            second.prepare()
+        first.finish(["a"])
+        second.prepare()
+        assert set(second.read()) == {"a"}
 
     def test_records_of_another_run_are_not_mixed_in(self, tmp_path, model_folder, videos):
         out = tmp_path / "out.jsonl"
@@ -235,7 +246,7 @@ class TestRecords:
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_at_random_moments_it_neither_loses_nor_repeats(tmp_path, model_folder, videos, num_processes):
     out = tmp_path / "out.jsonl"
-    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [sys.executable, "-m", *(launch if num_processes > 1 else []), "holitom_hf", "batch", str(videos)]
     options = ["--question", "What?", "--model", str(model_folder), "--max-new-tokens", "2", "--batch-size", "1"]
     command += [str(out), *options, "--workers", "1", "--device", "cpu"]
@@ -257,12 +268,12 @@ def test_killed_at_random_moments_it_neither_loses_nor_repeats(tmp_path, model_f
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
-        process.communicate()
+        process.communicate(timeout=60)
         shares |= {part.name for part in tmp_path.glob("out.jsonl.parts/*.jsonl")}
     assert kills >= 1
     assert not out.exists()
     answered = {record["id"]: record for part in tmp_path.glob("out.jsonl.parts/*.jsonl") for record in _whole(part)}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
     records = read_lines(out)
     assert [record["id"] for record in records] == [item.id for item in read_inputs(str(videos), "What?")]
     assert all(record == answered.get(record["id"], record) for record in records)  # kept, not made again

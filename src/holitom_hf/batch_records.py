@@ -1,8 +1,10 @@
 """The records of a batch on disk: whatever is killed when, none is lost and none is there twice."""
 
+import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,19 +25,27 @@ class BatchRecords:
         """
         self.output, self.run = Path(output), run
         self.parts = self.output.with_name(self.output.name + ".parts")
-        self.file = None
+        self.file = self.lock = None
         self._read_up_to: dict[Path, tuple[int, int]] = {}
 
     def prepare(self) -> None:
         """
-        Makes the folder and mends what a killed run left. For one process, before the others go on.
+        Makes the folder, takes it for this run, and mends what a killed one left. For one process, before the others
+        go on.
 
         Raises:
-            ValueError: If the output is a folder.
+            ValueError: If the output is a folder, or another run is writing to it.
         """
         if self.output.is_dir():
             raise ValueError(f"{str(self.output)!r} is a folder: name a file to write")
         self.parts.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.parts / "lock", "w")  # noqa: SIM115 - held until this process ends, however it does
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another run is writing to {str(self.output)!r}: wait for it, or end it") from error
+        for mark in self.parts.glob("*.done"):
+            mark.unlink()
         for part in self._part_files():
             whole = part.read_bytes()
             end = whole.rfind(b"\n") + 1
@@ -85,6 +95,15 @@ class BatchRecords:
             text = text[os.write(self.file, text) :]
         os.fsync(self.file)
 
+    def mark_done(self, process: int) -> None:
+        """Says that a process has added all of its records."""
+        (self.parts / f"{process:05d}.done").touch()
+
+    def wait_for_all(self, num_processes: int) -> None:
+        """Returns when all processes are done: over files, since a collective would give up on a slow one."""
+        while len(list(self.parts.glob("*.done"))) < num_processes:
+            time.sleep(0.2)
+
     def finish(self, ids: Sequence[str]) -> dict[str, dict]:
         """
         Puts the records into the output, in the order of the inputs, and removes the parts. For one process.
@@ -96,6 +115,7 @@ class BatchRecords:
         order = [*(name for name in ids if name in records), *sorted(set(records) - set(ids))]
         _replace(self.output, "".join(json.dumps(records[name], ensure_ascii=False) + "\n" for name in order))
         shutil.rmtree(self.parts)
+        self.lock.close()
         return records
 
     def _part_files(self) -> list[Path]:

@@ -104,7 +104,7 @@ class HoliTomCheckpointMixin:
             }
             folder = Path(save_directory)
             (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-            (folder / "README.md").write_text(model_card(settings, is_config_only=True), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(self.config, is_config_only=True), encoding="utf-8")
         finally:
             settings.base_model_name_or_path = base[0]
         if push_to_hub:
@@ -133,23 +133,31 @@ class HoliTomCheckpointMixin:
 
         Returns:
             The commit's address.
+
+        Raises:
+            OSError: If the Hub can't be reached or refuses; the repository is as it was then.
         """
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, config_only=config_only, **kwargs)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            card = Path(folder) / "README.md"
-            if api.file_exists(repo_id, "README.md", revision=revision):
-                card.unlink(missing_ok=True)
-            elif not card.exists():
-                card.write_text(model_card(self.config.holitom_config, is_config_only=False), encoding="utf-8")
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or "Upload HoliTom model",
-                revision=revision,
-                create_pr=create_pr,
-            )
+            try:
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                card = Path(folder) / "README.md"
+                if api.file_exists(repo_id, "README.md", revision=revision):
+                    card.unlink(missing_ok=True)
+                else:
+                    card.write_text(model_card(self.config, config_only, repo_id), encoding="utf-8")
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message or "Upload HoliTom model",
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except ValueError:
+                raise
+            except Exception as error:  # the HTTP library behind huggingface_hub, and its errors, differ by version
+                raise OSError(f"no file of {repo_id!r} was changed on the Hub: {error}") from error
 
 
 def base_model_of(checkpoint: str | os.PathLike, kwargs: dict) -> tuple[str | None, str | None]:

@@ -6,9 +6,9 @@ import os
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -173,10 +173,10 @@ def batch(
         from .batch_answering import answer_all, missing_inputs, run_name
         from .batch_records import BatchRecords
 
-        # The fast must wait for the slow at the end, however long that takes.
-        state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
-        if state.num_processes > 1 and device == "auto":
-            device = str(state.device)
+        state = PartialState(cpu=device == "cpu")
+        if state.num_processes > 1:
+            _end_with_launcher()
+            device = str(state.device) if device == "auto" else device
         answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
         run = run_name(answerer, frames=frames, max_new_tokens=max_new_tokens, question=question)
         records = BatchRecords(output, run)
@@ -196,7 +196,10 @@ def batch(
 
             share = missing[state.process_index :: state.num_processes]
             answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens)
-            state.wait_for_everyone()
+            records.mark_done(state.process_index)
+            if state.is_main_process:
+                records.wait_for_all(state.num_processes)
+                bar.update(bar.task_ids[0], completed=len(missing))
         if state.is_main_process:
             seconds = time.perf_counter() - start
             written = records.finish(input_ids(asked))
@@ -381,6 +384,18 @@ def evaluate(
         files = write_report(summarize(results, runs), "holitom-hf " + shlex.join(sys.argv[1:]), out)
         print((out / "table.md").read_text())
         print("Wrote " + ", ".join(map(str, files)) + ".")
+
+
+def _end_with_launcher() -> None:
+    """Ends this process soon after its launcher: one that was killed takes none along, and they would wait for it."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _videos_bar(total: int, is_shown: bool):

@@ -49,6 +49,7 @@ REMOTE_CODE_FILES = (
     "vision_importance.py",
     "decoder_holitom.py",
     "generation_holitom.py",
+    "flops.py",
     "model_card_holitom.py",
     "checkpoint_holitom.py",
     "pipeline_holitom.py",
