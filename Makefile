@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 OLDEST_TRANSFORMERS := 5.21.0
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest test-lmms-eval lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'holitom-hf needs Python 3.10 or newer'"
@@ -26,6 +26,13 @@ test-oldest:
 		transformers==$(OLDEST_TRANSFORMERS)
 	.venv-oldest/bin/python -m pytest
 
+# lmms-eval asks for an older PyAV than we do: in this order ours is what is there in the end.
+test-lmms-eval:
+	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check lmms-eval
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	.venv-lmms/bin/python -m pytest tests/test_lmms_eval.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +42,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest $(DEMO) build dist
+	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) build dist

@@ -101,7 +101,9 @@ class TestInputs:
             assert inputs[1].video in (path, Path(path).read_bytes())
         else:
             assert inputs[1] == BatchInput("2", video, "What?")
-        assert read_inputs(str(tmp_path / "rows"), "Why?")[0].question == "Why?"
+        rows.remove_columns("question").save_to_disk(str(tmp_path / "unasked"))
+        asked = [read_inputs(str(tmp_path / name), "Why?")[0].question for name in ("rows", "unasked")]
+        assert asked == ["Who?", "Why?"]
         decoded = DecodedInputs(inputs, [0], tiny_processor(), torch.float32)[0]
         assert decoded.error is None
         assert decoded.features["pixel_values_videos"].shape[1] == 5

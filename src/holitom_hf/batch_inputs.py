@@ -57,7 +57,7 @@ class DatasetInputs(Sequence):
         video = row["video"]
         if isinstance(video, dict):  # an undecoded Video: its bytes, or where they are
             video = video["bytes"] if video.get("bytes") is not None else video["path"]
-        return BatchInput(self.ids[index], video, self.question or row["question"])
+        return BatchInput(self.ids[index], video, row.get("question") or self.question)
 
 
 def read_inputs(source: str, question: str | None = None, split: str = "train") -> Sequence[BatchInput]:

@@ -27,6 +27,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 MODEL_HELP = "Folder or Hub repository of a LLaVA-OneVision model, or bundled: a small one for drawn clips."
+# Options that several commands have.
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+Preset = Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")]
+RetentionRatio = Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")]
+Frames = Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")]
 
 # torch and transformers are imported where a command needs them, so that `--help` is there at once.
 
@@ -83,13 +92,13 @@ def _quiet() -> None:
 def answer(
     video: Annotated[str, typer.Argument(help="Video file or URL.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
-    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
-    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    max_new_tokens: MaxNewTokens = 256,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
 ) -> None:
     """Answers a question about a video, and tells what the compression saved."""
@@ -149,16 +158,16 @@ def batch(
     output: Annotated[Path, typer.Argument(help="JSONL file to write; a stopped run goes on.")],
     question: Annotated[str | None, typer.Option(help="Asked of every video without a question of its own.")] = None,
     split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
-    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
-    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    max_new_tokens: MaxNewTokens = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at once on each process.")] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead, for each process.")] = 2,
     retry_errors: Annotated[bool, typer.Option(help="Try inputs again that ended in an error.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
     with _one_line_errors():
@@ -214,12 +223,12 @@ def batch(
 def visualize(
     video: Annotated[str, typer.Argument(help="Video file or URL.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png, .mp4 or .html file to write.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
-    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
-    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Shows segments, and which tokens of a video are kept, merged and dropped."""
     with _one_line_errors():
@@ -248,12 +257,12 @@ def visualize(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
-    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Starts a web page that answers with and without HoliTom, side by side."""
     with _one_line_errors():
@@ -273,14 +282,14 @@ def demo(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
-    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
-    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Starts transformers' OpenAI-compatible server for one compressed model."""
     with _one_line_errors():
@@ -304,8 +313,8 @@ def convert(
     base: Annotated[str, typer.Argument(help="Folder or Hub repository of a LLaVA-OneVision model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     config_only: Annotated[bool, typer.Option(help="Write no weights, only where they come from.")] = False,
-    preset: Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")] = None,
-    retention_ratio: Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")] = None,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
 ) -> None:
     """Writes a checkpoint that loads compressed with trust_remote_code=True, and uncompressed without."""
     with _one_line_errors():
@@ -347,7 +356,7 @@ def questions(
 
 @app.command(cls=_ManyValues)
 def evaluate(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = BUNDLED_NAME,
+    model: Model = BUNDLED_NAME,
     methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; default: all.")] = None,
     retention_ratios: Annotated[list[float] | None, typer.Option(help="Values of R; default: 0.25 ... 0.02.")] = None,
     ablations: Annotated[bool, typer.Option(help="The paper's ablations, too.")] = False,
@@ -357,8 +366,8 @@ def evaluate(
         "evaluation"
     ),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Accuracy against FLOPs on drawn video questions, for HoliTom and the methods it competes with."""
     with _one_line_errors():
