@@ -128,6 +128,18 @@ class TestInputs:
         assert "holds no video file" in failure(tmp_path, tmp_path / "out.jsonl", "--question", "What?")
         assert "pass --question" in failure(videos, tmp_path / "out.jsonl")
 
+    def test_a_dataset_that_is_not_there(self, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+
+        def unreachable(*args, **kwargs):
+            raise ConnectionError("Couldn't reach 'user/rows' on the Hub")
+
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
+        error = failure("user/rows", tmp_path / "out.jsonl")
+        assert error.startswith(
+            "there is no folder and no file 'user/rows', and no dataset of this name can be read: "
+        )
+
     def test_a_dataset_without_a_column(self, tmp_path):
         datasets = pytest.importorskip("datasets")
         datasets.Dataset.from_dict({"id": ["a"], "clip": ["b"]}).save_to_disk(str(tmp_path / "rows"))

@@ -145,4 +145,8 @@ def _dataset(source: str, split: str):
         return found
     if Path(source).suffix or Path(source).is_absolute() or source.startswith("."):
         raise FileNotFoundError(f"there is no folder and no file {source!r}")
-    return datasets.load_dataset(source, split=split)
+    try:
+        return datasets.load_dataset(source, split=split)
+    except (OSError, ValueError) as error:
+        message = f"there is no folder and no file {source!r}, and no dataset of this name can be read: {error}"
+        raise OSError(message) from error
