@@ -315,6 +315,8 @@ def _plot_flops(rows: list[Row], figure_class, out: Path) -> Path:
 
 
 def _plot_types(rows: list[Row], figure_class, out: Path) -> Path:
+    from matplotlib.ticker import LogLocator
+
     kinds = [kind for kind in QUESTION_TYPES if kind in rows[0].by_type]
     columns = 3
     figure = figure_class(figsize=(10, 2.6 * -(-len(kinds) // columns)), layout="constrained")
@@ -335,7 +337,9 @@ def _plot_types(rows: list[Row], figure_class, out: Path) -> Path:
                     label=method.label,
                 )
         axes.set(xscale="log", title=kind)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a narrow panel has no room for all of a decade
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     for axes in panels[len(kinds) :]:
         axes.set_visible(False)
     figure.supxlabel("FLOPs of the decoder, % of the uncompressed model's")
