@@ -44,4 +44,4 @@ def merge_average_pooling(features, importance, config, newline=None, keys=None)
     cell_of = row.clamp(max=rows - 1) * columns + column.clamp(max=columns - 1)
     assigned = cell_of + torch.arange(num_frames, device=device)[:, None] * num_kept
     segments = [(f, f + 1) for f in range(num_frames)]
-    return in_order([group], assigned, segments, num_kept / tokens_per_frame, newline)
+    return in_order(features, [group], assigned, segments, num_kept / tokens_per_frame, newline)

@@ -32,6 +32,7 @@ HOLITOM_CONFIG_NAME = "holitom_config.json"
 # Every file a checkpoint carries, and the classes in them that transformers' Auto classes pick up.
 REMOTE_CODE_FILES = (
     "configuration_holitom.py",
+    "host_numbers.py",
     "temporal_segmentation.py",
     "spatial_merging.py",
     "merged_video.py",

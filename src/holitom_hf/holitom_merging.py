@@ -1,26 +1,35 @@
 """HoliTom's stages 1 and 2 over one video: static tokens merged over segments, dynamic ones selected or clustered."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 
+from .host_numbers import on_device
 from .merged_video import MergedVideo, TokenGroup, TokenKind, in_order
 from .spatial_merging import cluster_tokens, masked_positions, mean_over_frames, select_tokens
 from .temporal_segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
+
+
+# Bytes of the tokens that are clustered at once: few enough for a processor's cache, many enough to fill a GPU.
+CLUSTERED_BYTES = {"cpu": 8 * 2**20}
+CLUSTERED_BYTES_ELSEWHERE = 256 * 2**20
 
 
 def merge_holitom(features, importance, config, newline=None, keys=None, segments=None) -> MergedVideo:
     """
     Stages 1 and 2 with the arguments of `merge_video_tokens`; `keys` are not needed.
 
+    The device is waited for once, for stage 1's table of counts: every size below follows from it.
+
     Args:
         segments: Half-open frame ranges in place of those that stage 1 would choose.
     """
-    num_frames, tokens_per_frame, dim = features.shape
+    num_frames, tokens_per_frame, _ = features.shape
     num_tokens = num_frames * tokens_per_frame
     device = features.device
 
-    # Stage 1. The table of counts is all that the host needs to know: every size below follows from it.
+    # Stage 1.
     runs = similarity_runs(frame_similarity(features), config.similarity_threshold)
     static_counts = count_static_tokens(runs).cpu()
     segments = segments or choose_segments(static_counts, config.max_segment_frames)[0]
@@ -30,12 +39,10 @@ def merge_holitom(features, importance, config, newline=None, keys=None, segment
     num_static = [int(table[stop - 2, stop - start - 1]) if stop - start > 1 else 0 for start, stop in segments]
     gain = sum(static * (length - 1) for static, length in zip(num_static, lengths))
     ratio = min(config.retention_ratio / ((num_tokens - gain) / num_tokens), 1)
-    segment_of_frame = torch.repeat_interleave(
-        torch.arange(len(segments), device=device), torch.tensor(lengths, device=device), output_size=num_frames
-    )
+    segment_of_frame = on_device([s for s, length in enumerate(lengths) for _ in range(length)], device)  # (F,)
     is_static = torch.zeros((len(segments), tokens_per_frame), dtype=torch.bool, device=device)
     if num_frames > 1:
-        ends = torch.tensor([[max(stop - 2, 0), stop - start - 1] for start, stop in segments], device=device)
+        ends = on_device([[max(stop - 2, 0), stop - start - 1] for start, stop in segments], device)
         is_static = (runs[ends[:, 0]] >= ends[:, 1:]) & (ends[:, 1:] > 0)  # (S, T)
 
     # Stage 2, dynamic tokens: selected by importance, frame by frame.
@@ -43,89 +50,90 @@ def merge_holitom(features, importance, config, newline=None, keys=None, segment
     num_kept = [math.ceil(n * ratio) for n in num_dynamic]
     num_dominant = [round(kept * (1 - config.contextual_ratio)) for kept in num_kept]
     is_dynamic = ~is_static[segment_of_frame]  # (F, T)
-    is_dominant = select_tokens(importance, is_dynamic, torch.tensor(num_dominant, device=device))
+    is_dominant = select_tokens(importance, is_dynamic, on_device(num_dominant, device))
     dominant = masked_positions(is_dominant.reshape(1, -1), sum(num_dominant))[0]  # (N_d,)
+    frame = dominant // tokens_per_frame
     line = torch.arange(num_frames, device=device) + segment_of_frame + 1
-    groups = [
-        TokenGroup(
-            embeddings=features.flatten(0, 1)[dominant],
-            frame=dominant // tokens_per_frame,
-            position=dominant % tokens_per_frame,
-            kind=TokenKind.DYNAMIC,
-            line=2 * line[dominant // tokens_per_frame],
-        )
-    ]
+    groups = [TokenGroup(None, frame, dominant % tokens_per_frame, TokenKind.DYNAMIC, 2 * line[frame])]
     assigned = torch.full((num_tokens,), -1, device=device)
     assigned[dominant] = torch.arange(len(dominant), device=device)
 
+    def add_clusters(rows, num_frames_of, positions, sizes, clusters, frame, line, kind) -> None:
+        """
+        Averages sets of tokens over frames, clusters them, and adds what comes out.
+
+        Args:
+            rows: (R,) int64 indices among the F*T tokens; the frames of one token of a set after another.
+            num_frames_of: (S, N) int64, how many of them belong to each token; 0 behind a set's end.
+            positions: (S, N) int64 in the frame.
+            sizes, clusters: Number of tokens and of clusters of each set.
+            frame, line: (S,) int64, those of the clusters.
+        """
+        tokens = mean_over_frames(features, rows, num_frames_of.flatten()).view(*positions.shape, -1)
+        merged, centers, cluster = cluster_tokens(
+            tokens, sizes, clusters, config.cluster_neighbors, config.cluster_center_weight
+        )
+        count = on_device(clusters, device)
+        first = sum(len(group.frame) for group in groups)
+        number = cluster + (count.cumsum(0) - count)[:, None] + first
+        assigned[rows] = number.flatten().repeat_interleave(num_frames_of.flatten(), output_size=len(rows))
+        taken = _ragged_rows(count, sum(clusters))
+        groups.append(
+            TokenGroup(merged[taken], frame[taken[0]], positions.gather(1, centers)[taken], kind, line[taken[0]])
+        )
+
     # The other dynamic tokens that are kept: cluster centres, where some are asked for.
     num_contextual = [kept - top for kept, top in zip(num_kept, num_dominant)]
-    frames = [f for f in range(num_frames) if num_contextual[f]]
-    if frames:
-        sizes = [num_dynamic[f] - num_dominant[f] for f in frames]
-        index = torch.tensor(frames, device=device)
-        places = masked_positions((is_dynamic & ~is_dominant)[index], max(sizes))  # (S, N)
-        members = index[:, None] * tokens_per_frame + places
-        merged, centers, cluster = cluster_tokens(
-            features.flatten(0, 1)[members],
-            sizes,
-            clusters := [num_contextual[f] for f in frames],
-            config.cluster_neighbors,
-            config.cluster_center_weight,
-        )
-        taken, member_taken = _ragged_rows(clusters, device), _ragged_rows(sizes, device)
-        assigned[members[member_taken]] = _number_clusters(cluster, clusters, len(dominant))[member_taken]
-        frame = index[taken[0]]
-        groups.append(
-            TokenGroup(merged[taken], frame, places.gather(1, centers)[taken], TokenKind.DYNAMIC, 2 * line[frame] + 1)
-        )
-    num_dynamic_kept = sum(num_kept)
+    num_others = [n - top for n, top in zip(num_dynamic, num_dominant)]
+    for frames in _like_sized(num_others, num_contextual, features):
+        sizes = [num_others[f] for f in frames]
+        index, size = on_device([frames, sizes], device)
+        positions = masked_positions((is_dynamic & ~is_dominant)[index], max(sizes))  # (S, N)
+        is_token = torch.arange(max(sizes), device=device) < size[:, None]
+        rows = (index[:, None] * tokens_per_frame + positions)[_ragged_rows(size, sum(sizes))]
+        clusters = [num_contextual[f] for f in frames]
+        add_clusters(rows, is_token.long(), positions, sizes, clusters, index, 2 * line[index] + 1, TokenKind.DYNAMIC)
 
     # Stage 2, static tokens: averaged over their segment's frames, then clustered.
     num_clusters = [round(n * ratio) for n in num_static]
-    chosen = [s for s in range(len(segments)) if num_clusters[s]]
-    if chosen:
+    for chosen in _like_sized(num_static, num_clusters, features):
         sizes, clusters = [num_static[s] for s in chosen], [num_clusters[s] for s in chosen]
-        index = torch.tensor(chosen, device=device)
-        places = masked_positions(is_static[index], max(sizes))  # (S, N)
-        token_taken = _ragged_rows(sizes, device)
-        positions = places[token_taken]  # (n,) all sets behind each other
-        starts = torch.tensor([segments[s][0] for s in chosen], device=device)
-        spans = torch.tensor([lengths[s] for s in chosen], device=device)[token_taken[0]]  # (n,) frames to average
-        first_rows = starts[token_taken[0]] * tokens_per_frame + positions
+        index, size, start, length = on_device(
+            [chosen, sizes, [segments[s][0] for s in chosen], [lengths[s] for s in chosen]], device
+        )
+        positions = masked_positions(is_static[index], max(sizes))  # (S, N)
+        is_token = torch.arange(max(sizes), device=device) < size[:, None]
+        num_frames_of = torch.where(is_token, length[:, None], 0)
         num_rows = sum(size * lengths[s] for size, s in zip(sizes, chosen))
-        token = torch.repeat_interleave(torch.arange(len(spans), device=device), spans, output_size=num_rows)
-        step = torch.arange(num_rows, device=device) - (spans.cumsum(0) - spans)[token]
-        rows = first_rows[token] + step * tokens_per_frame
-        means = features.new_zeros((len(chosen), max(sizes), dim))
-        means[token_taken] = mean_over_frames(features, rows, spans)
-        merged, centers, cluster = cluster_tokens(
-            means, sizes, clusters, config.cluster_neighbors, config.cluster_center_weight
-        )
-        assigned[rows] = _number_clusters(cluster, clusters, num_dynamic_kept)[token_taken][token]
-        taken = _ragged_rows(clusters, device)
-        groups.append(
-            TokenGroup(
-                merged[taken],
-                starts[taken[0]],
-                places.gather(1, centers)[taken],
-                TokenKind.STATIC,
-                2 * (starts[taken[0]] + index[taken[0]]),
-            )
-        )
+        place, step = _ragged_rows(num_frames_of.flatten(), num_rows)
+        rows = (start[:, None] * tokens_per_frame + positions).flatten()[place] + step * tokens_per_frame
+        add_clusters(rows, num_frames_of, positions, sizes, clusters, start, 2 * (start + index), TokenKind.STATIC)
 
-    return in_order(groups, assigned.view(num_frames, tokens_per_frame), segments, ratio, newline)
+    return in_order(features, groups, assigned.view(num_frames, tokens_per_frame), segments, ratio, newline)
 
 
-def _ragged_rows(sizes: list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the first `sizes[s]` entries of every row s of a padded (S, N) array, row after row."""
-    total = sum(sizes)
-    size = torch.tensor(sizes, device=device)
-    row = torch.repeat_interleave(torch.arange(len(sizes), device=device), size, output_size=total)
-    return row, torch.arange(total, device=device) - (size.cumsum(0) - size)[row]
+def _like_sized(sizes: list[int], num_clusters: list[int], features: torch.Tensor) -> Iterator[list[int]]:
+    """
+    The sets that have clusters, in batches of like size: of as many as may exist at once, and little padding.
+
+    Args:
+        sizes: Number of tokens of every set.
+        num_clusters: Number of clusters of every set.
+        features: What tokens look like.
+    """
+    budget = CLUSTERED_BYTES.get(features.device.type, CLUSTERED_BYTES_ELSEWHERE)
+    at_once = max(1, budget // (4 * features.shape[-1]))  # tokens
+    batch = []
+    for s in sorted((s for s, clusters in enumerate(num_clusters) if clusters), key=sizes.__getitem__):
+        if batch and (len(batch) + 1) * sizes[s] > at_once:
+            yield sorted(batch)
+            batch = []
+        batch.append(s)
+    if batch:
+        yield sorted(batch)
 
 
-def _number_clusters(cluster: torch.Tensor, num_clusters: list[int], first: int) -> torch.Tensor:
-    """Numbers the clusters of all sets in one sequence that starts at `first`."""
-    size = torch.tensor(num_clusters, device=cluster.device)
-    return cluster + (size.cumsum(0) - size)[:, None] + first
+def _ragged_rows(sizes: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the first `sizes[s]` entries of every row s of a padded array, `total` in all, row after row."""
+    row = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=total)
+    return row, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[row]

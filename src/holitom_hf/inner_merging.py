@@ -51,23 +51,20 @@ def fold_tokens(tokens: torch.Tensor, kept: torch.Tensor, folded: torch.Tensor) 
     """
     if len(folded) == 0 or len(kept) == 0:
         return tokens[kept]
-    targets, others = tokens[kept].float(), tokens[folded].float()
-    unit_targets = F.normalize(targets, dim=-1)
-    target = torch.cat(
-        [(F.normalize(rows, dim=-1) @ unit_targets.T).argmax(-1) for rows in others.detach().split(ROWS_PER_CHUNK)]
-    )  # (V-K,)
-    count = torch.zeros(len(kept), dtype=torch.long, device=tokens.device).scatter_add_(
-        0, target, torch.ones_like(target)
-    )
-    # Sorted by target and, among equals, by position: the place within its run is a token's turn j.
-    by_target = target.argsort(stable=True)
-    sorted_target = target[by_target]
+    values = tokens.float()
+    unit = F.normalize(values.detach(), dim=-1)
+    unit_kept = unit[kept]
+    target = torch.cat([(unit[rows] @ unit_kept.T).argmax(-1) for rows in folded.split(ROWS_PER_CHUNK)])  # (V-K,)
+    # Bags of one kept token and those folded into it, in order: the place in its bag is a token's turn.
+    bag = torch.cat([torch.arange(len(kept), device=tokens.device), target])
+    by_bag = bag.argsort(stable=True)
+    count = torch.zeros_like(kept).scatter_add_(0, bag, torch.ones_like(bag))
     first = count.cumsum(0) - count
-    turn = torch.arange(len(target), device=tokens.device) - first[sorted_target]
-    weight = torch.exp2(-(count[sorted_target] - turn).float())
-    weighted = others[by_target] * weight[:, None]
-    merged = targets * torch.exp2(-count.float())[:, None]
-    return merged.index_add(0, sorted_target, weighted).to(tokens.dtype)
+    bag = bag[by_bag]
+    turn = torch.arange(len(bag), device=tokens.device) - first[bag]
+    weight = torch.exp2((turn.clamp_min(1) - count[bag]).float())
+    rows = torch.cat([kept, folded])[by_bag]
+    return F.embedding_bag(rows, values, first, mode="sum", per_sample_weights=weight).to(tokens.dtype)
 
 
 def merge_hidden_states(

@@ -59,7 +59,7 @@ class TokenGroup:
     newlines by frame, then by place, which is the position unless said otherwise.
     """
 
-    embeddings: torch.Tensor  # (n, D)
+    embeddings: torch.Tensor | None  # (n, D); None: as the features are at that frame and position
     frame: torch.Tensor  # (n,)
     position: torch.Tensor  # (n,)
     kind: TokenKind
@@ -68,6 +68,7 @@ class TokenGroup:
 
 
 def in_order(
+    features: torch.Tensor,
     groups: list[TokenGroup],
     assigned: torch.Tensor,
     segments: list[tuple[int, int]],
@@ -79,6 +80,7 @@ def in_order(
     Puts tokens into the sequence's order.
 
     Args:
+        features: (F, T, D).
         groups: The output tokens, sort by sort.
         assigned: (F, T) int64, the output token, counted through the groups, that each input token went into, or -1.
         segments: Frame ranges.
@@ -87,22 +89,20 @@ def in_order(
         newline_if_empty: Whether rows without a token have one, too.
     """
     num_frames, tokens_per_frame = assigned.shape
-    embeddings = torch.cat([group.embeddings for group in groups])
+    width = math.isqrt(tokens_per_frame)
+    if newline is not None:
+        has_newline = torch.full((num_frames, width), newline_if_empty, device=features.device)
+        for group in groups:
+            has_newline[group.frame, (group.position if group.place is None else group.place) // width] = True
+        newline_frame, newline_row = has_newline.nonzero(as_tuple=True)
+        last_in_row = (newline_row + 1) * width - 1
+        newlines = newline.to(features).expand(len(newline_frame), -1)
+        groups = [*groups, TokenGroup(newlines, newline_frame, last_in_row, TokenKind.NEWLINE, newline_frame)]
     frame = torch.cat([group.frame for group in groups])
     position = torch.cat([group.position for group in groups])
     kind = torch.cat([torch.full_like(group.frame, group.kind) for group in groups])
-
     if newline is not None:
-        width = math.isqrt(tokens_per_frame)
-        has_newline = torch.full((num_frames, width), newline_if_empty, device=frame.device)
         place = torch.cat([group.position if group.place is None else group.place for group in groups])
-        has_newline[frame, place // width] = True
-        newline_frame, newline_row = has_newline.nonzero(as_tuple=True)
-        embeddings = torch.cat([embeddings, newline.to(embeddings).expand(len(newline_frame), -1)])
-        frame = torch.cat([frame, newline_frame])
-        last_in_row = (newline_row + 1) * width - 1
-        position, place = torch.cat([position, last_in_row]), torch.cat([place, last_in_row])
-        kind = torch.cat([kind, torch.full_like(newline_frame, TokenKind.NEWLINE)])
         key = 2 * (frame * tokens_per_frame + place) + (kind == TokenKind.NEWLINE)
     else:
         key = torch.cat([group.line for group in groups]) * tokens_per_frame + position
@@ -110,8 +110,14 @@ def in_order(
     order = key.argsort(stable=True)
     number = torch.full((len(order) + 1,), -1, device=order.device)  # the last one answers for dropped tokens, -1
     number[order] = torch.arange(len(order), device=order.device)
-    assignment = number[assigned]
-    return MergedVideo(embeddings[order], segments, ratio, frame[order], position[order], kind[order], assignment)
+    # Every output is written once as a feature of the input, and again where it is none.
+    embeddings = features.flatten(0, 1).index_select(0, (frame * tokens_per_frame + position)[order])
+    first = 0
+    for group in groups:
+        if group.embeddings is not None:
+            embeddings.index_copy_(0, number[first : first + len(group.frame)], group.embeddings)
+        first += len(group.frame)
+    return MergedVideo(embeddings, segments, ratio, frame[order], position[order], kind[order], number[assigned])
 
 
 def take_tokens(features: torch.Tensor, chosen: torch.Tensor, ratio: float, newline: torch.Tensor | None = None):
@@ -126,8 +132,8 @@ def take_tokens(features: torch.Tensor, chosen: torch.Tensor, ratio: float, newl
     """
     num_frames, tokens_per_frame, _ = features.shape
     frame, position = chosen // tokens_per_frame, chosen % tokens_per_frame
-    group = TokenGroup(features.flatten(0, 1)[chosen], frame, position, TokenKind.DYNAMIC, frame)
+    group = TokenGroup(None, frame, position, TokenKind.DYNAMIC, frame)
     assigned = torch.full((num_frames * tokens_per_frame,), -1, device=features.device)
     assigned[chosen] = torch.arange(len(chosen), device=features.device)
     segments = [(f, f + 1) for f in range(num_frames)]
-    return in_order([group], assigned.view(num_frames, tokens_per_frame), segments, ratio, newline)
+    return in_order(features, [group], assigned.view(num_frames, tokens_per_frame), segments, ratio, newline)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .host_numbers import on_device
+
 
 @dataclass
 class PackedRows:
@@ -34,7 +36,7 @@ class PackedRows:
         longest = max(max(num_kept), 1)
         index = keep.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
         place = torch.arange(longest, device=keep.device).expand(len(num_kept), -1)
-        count = torch.tensor(num_kept, device=keep.device)[:, None]
+        count = on_device(num_kept, keep.device)[:, None]
         first = longest - count if padding_side == "left" else torch.zeros_like(count)
         index = index.gather(1, (place - first).clamp_min(0))
         mask = (place >= first) & (place < first + count)

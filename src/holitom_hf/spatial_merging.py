@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .host_numbers import on_device
+
 
 def masked_positions(mask: torch.Tensor, count: int) -> torch.Tensor:
     """
@@ -48,10 +50,10 @@ def mean_over_frames(features: torch.Tensor, rows: torch.Tensor, num_frames: tor
     Args:
         features: (F, T, D).
         rows: (M,) int64 indices into the F*T tokens, the frames of one output after another.
-        num_frames: (S,) int64, how many of `rows` belong to each of the S outputs.
+        num_frames: (S,) int64, how many of `rows` belong to each of the S outputs; 0 where there is none.
 
     Returns:
-        (S, D) in the dtype of `features`.
+        (S, D) in the dtype of `features`; zeros where there is none.
     """
     offsets = num_frames.cumsum(0) - num_frames
     return F.embedding_bag(rows, features.flatten(0, 1), offsets, mode="mean")
@@ -88,8 +90,7 @@ def cluster_tokens(
     longest = tokens.shape[1]
     most = max(num_clusters)
     device = tokens.device
-    sizes = torch.tensor([num_tokens, num_clusters], device=device)
-    n, m = sizes[0, :, None], sizes[1, :, None]  # (S, 1)
+    n, m = on_device([num_tokens, num_clusters], device)[..., None]  # (S, 1)
     place = torch.arange(longest, device=device)
     is_token = place < n  # (S, N)
 
@@ -127,13 +128,11 @@ def cluster_tokens(
 def _pairwise_distance(tokens: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
     """(S, N, D) float32 -> (S, N, N) Euclidean distance / sqrt(D), exactly 0 on the diagonal and for padding."""
     # Distances don't change when the set is centred, and the cancellation in |a|^2 + |b|^2 - 2ab shrinks.
-    valid = is_token[..., None]
-    centered = (tokens - tokens[:, :1]).masked_fill(~valid, 0.0)
-    squared_norm = centered.square().sum(-1)
-    squared = torch.baddbmm(squared_norm[:, None, :], centered, centered.mT, alpha=-2.0) + squared_norm[:, :, None]
+    centered = tokens - tokens[:, :1]
+    products = torch.bmm(centered, centered.mT)
     # A product need not be symmetric to the last bit, but mutual nearest neighbours must come out equally dense.
-    squared = (squared + squared.mT) / 2
+    products = products + products.mT
+    squared_norm = products.diagonal(dim1=1, dim2=2) / 2
+    squared = squared_norm[:, None, :] + squared_norm[:, :, None] - products
     distance = squared.clamp_min_(0.0).sqrt_() * tokens.shape[-1] ** -0.5
-    pair_is_valid = valid & is_token[:, None, :]
-    distance = distance.masked_fill(~pair_is_valid, 0.0)
-    return distance.diagonal_scatter(torch.zeros_like(squared_norm), dim1=1, dim2=2)
+    return distance.masked_fill(~(is_token[:, :, None] & is_token[:, None, :]), 0.0)

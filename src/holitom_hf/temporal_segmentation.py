@@ -4,9 +4,10 @@ import numpy as np
 import torch
 
 
-# Bytes of the products that exist at once: few enough for a processor's cache, many enough to fill a GPU.
-PRODUCT_BYTES = {"cpu": 4 * 2**20}
-PRODUCT_BYTES_ELSEWHERE = 512 * 2**20
+# On a CPU: frames that are multiplied with each other at once. More would mean more products that nobody needs.
+FRAMES_AT_ONCE = 8
+# Elsewhere: bytes of converted frames and of their products that exist at once.
+COMPARED_BYTES = 512 * 2**20
 
 
 @torch.no_grad()
@@ -23,21 +24,39 @@ def frame_similarity(features: torch.Tensor) -> torch.Tensor:
     Source: section 3.1, equation for the token-wise similarity of adjacent frames.
     """
     num_frames, num_tokens, dim = features.shape
-    budget = PRODUCT_BYTES.get(features.device.type, PRODUCT_BYTES_ELSEWHERE)
-    frames_at_once = max(1, budget // (4 * num_tokens * dim))
-    norms = features.new_empty((num_frames, num_tokens), dtype=torch.float32)
-    similarity = features.new_empty((max(num_frames - 1, 0), num_tokens), dtype=torch.float32)
-    product = features.new_empty((min(frames_at_once, num_frames), num_tokens, dim), dtype=torch.float32)
-    for start in range(0, num_frames, frames_at_once):
-        stop = min(start + frames_at_once, num_frames)
-        first = max(start - 1, 0)  # pairs (first, first + 1) ... (stop - 2, stop - 1)
-        frames = features[first:stop].float()
-        norms[start:stop] = torch.linalg.vector_norm(frames[start - first :], dim=-1)
-        if num_pairs := len(frames) - 1:
-            torch.mul(frames[:-1], frames[1:], out=product[:num_pairs])
-            torch.sum(product[:num_pairs], dim=-1, out=similarity[first : stop - 1])
-    norms.clamp_min_(1e-8)
-    return similarity.div_(norms[:-1] * norms[1:])
+    if num_frames == 1:
+        return features.new_empty((0, num_tokens), dtype=torch.float32)
+    if features.device.type == "cpu":
+        compare, at_once = compare_by_products, FRAMES_AT_ONCE
+    else:
+        compare, at_once = compare_by_element, max(2, COMPARED_BYTES // (4 * num_tokens * dim))
+    starts = range(0, num_frames - 1, at_once - 1)
+    return torch.cat([compare(features[start : start + at_once].float()) for start in starts])
+
+
+def compare_by_products(frames: torch.Tensor) -> torch.Tensor:
+    """
+    Cosine similarity of adjacent frames in one pass over them: products of all with all hold the norms, too.
+
+    Args:
+        frames: (F, T, D) float32, F >= 2.
+
+    Returns:
+        (F-1, T).
+    """
+    by_token = frames.transpose(0, 1)
+    products = torch.bmm(by_token, by_token.mT)  # (T, F, F)
+    norms = products.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
+    return (products.diagonal(1, dim1=1, dim2=2) / (norms[:, :-1] * norms[:, 1:])).T
+
+
+def compare_by_element(frames: torch.Tensor) -> torch.Tensor:
+    """
+    As [`compare_by_products`], in a few kernels for any number of frames, and in float32 whatever the precision that
+    is set for matrix products.
+    """
+    norms = torch.linalg.vector_norm(frames, dim=-1).clamp_min(1e-8)
+    return (frames[:-1] * frames[1:]).sum(-1) / (norms[:-1] * norms[1:])
 
 
 def similarity_runs(similarity: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -99,4 +99,4 @@ def merge_visionzip(features, importance, config, newline=None, keys=None) -> Me
     )
     assigned = torch.where(slot >= 0, slot + frame * num_kept, -1)
     segments = [(f, f + 1) for f in range(num_frames)]
-    return in_order([group], assigned, segments, num_kept / tokens_per_frame, newline, newline_if_empty=True)
+    return in_order(features, [group], assigned, segments, num_kept / tokens_per_frame, newline, newline_if_empty=True)
