@@ -66,6 +66,25 @@ class CompressedSequence:
             is_padded=num_cached > 0 and attention_mask is not None,
         )
 
+    def inner_layer_with(self, layer: int | None) -> int | None:
+        """
+        The layer from which on cache and call are shorter; `None` if all layers have the same length.
+
+        Args:
+            layer: That of the call.
+
+        Raises:
+            ValueError: If the cache was compressed from another one on.
+        """
+        if self.inner_layer is None:
+            return layer
+        if layer not in (None, self.inner_layer):
+            raise ValueError(
+                f"inner_merge_layer is {layer}, but the cache was compressed from layer {self.inner_layer} on: "
+                "use the same layer for all videos of one conversation"
+            )
+        return self.inner_layer
+
     def attach(self, cache: Cache) -> None:
         """Puts the record on the cache that holds the tokens."""
         cache.compressed_sequence = self

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .answering import Answerer
 from .configuration_holitom import HoliTomConfig
 from .evaluation_methods import Run
-from .modeling_holitom import HoliTomVideoFeatures
 from .savings import row_savings
 from .video_questions import VideoQuestion
+from .vision_holitom import HoliTomVideoFeatures
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """LLaVA-OneVision with HoliTom: the three stages, placed into transformers' own forward passes."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
@@ -10,85 +8,27 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_onevision.modeling_llava_onevision import (
-    LlavaOnevisionCausalLMOutputWithPast,
     LlavaOnevisionModelOutputWithPast,
     LlavaOnevisionPreTrainedModel,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .checkpoint_holitom import HoliTomCheckpointMixin
+from .compaction import compact_prompt
 from .compressed_sequence import CompressedSequence
 from .configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
 from .decoder_holitom import HoliTomQwen2Model
 from .generation_holitom import HoliTomGenerationMixin
 from .inner_merging import InnerStage
-from .packed_rows import PackedRows, take_rows
+from .outputs_holitom import HoliTomCausalLMOutputWithPast, HoliTomModelOutputWithPast
+from .packed_rows import take_rows
 from .pipeline_holitom import VideoTextToTextPipeline  # noqa: F401 - as remote code, only imported files travel on
-from .token_merging import MergedVideo, merge_video_tokens
-from .video_placeholders import (
-    assign_videos,
-    cached_length,
-    check_mask,
-    check_position_ids,
-    last_real,
-    token_positions,
-)
-from .vision_importance import vision_importance
+from .token_merging import merge_encoded_videos
+from .video_placeholders import cached_length, check_mask, check_position_ids, last_real, token_positions
+from .vision_holitom import HoliTomVisionMixin
 
 
-@dataclass
-class HoliTomVideoFeatures(BaseModelOutputWithPooling):
-    """
-    Videos after vision tower, projector and pooling, at full length, with what merging needs to know.
-
-    Attributes:
-        pooler_output: (V, F*T+1, D) features of V videos, the newline last; a list of (F_v*T+1, D) if their numbers
-            of frames differ.
-        importance: A list of V tensors (F_v, T), float32: what each token receives of the attention.
-        keys: A list of V tensors (F_v, T, K): the attention's keys, averaged over heads.
-    """
-
-    importance: list[torch.Tensor] | None = None
-    keys: list[torch.Tensor] | None = None
-
-
-@dataclass
-class HoliTomModelOutputWithPast(LlavaOnevisionModelOutputWithPast):
-    """
-    `LlavaOnevisionModelOutputWithPast` at the short length, with what was done.
-
-    `last_hidden_state` and the entries of `hidden_states` and `attentions` are as long as the sequence is inside:
-    N positions before stage 3, M after it.
-
-    Attributes:
-        merged_videos: A list per row with a [`MergedVideo`] per video of this call; `None` if nothing was merged.
-        inner_keep: A list with, per row, the (n,) int64 indices of the tokens that survived stage 3 among those that
-            entered the decoder (without padding), ascending; `None` where it did not run.
-        output_index: (B, L) int64, for each position of the input: the entry of `last_hidden_state` that holds the
-            last token at or before it that survived; `None` if all did.
-    """
-
-    merged_videos: list[list[MergedVideo]] | None = None
-    inner_keep: list[torch.Tensor | None] | None = None
-    output_index: torch.Tensor | None = None
-
-
-@dataclass
-class HoliTomCausalLMOutputWithPast(LlavaOnevisionCausalLMOutputWithPast):
-    """
-    `LlavaOnevisionCausalLMOutputWithPast` whose `logits` have the full length of the input: at a position whose token
-    was dropped stand the logits of the last surviving token before it.
-
-    Attributes:
-        merged_videos: As in [`HoliTomModelOutputWithPast`].
-        inner_keep: As in [`HoliTomModelOutputWithPast`].
-    """
-
-    merged_videos: list[list[MergedVideo]] | None = None
-    inner_keep: list[torch.Tensor | None] | None = None
-
-
-class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
+class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, HoliTomVisionMixin, LlavaOnevisionModel):
     """`LlavaOnevisionModel` whose videos are shortened before the decoder and inside it."""
 
     config: HoliTomLlavaOnevisionConfig
@@ -131,7 +71,8 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
             attention_mask: (B, P+L), P the positions passed before with this cache, dropped ones included.
             position_ids: (B, L) as for the uncompressed sequence; what was dropped before a token is subtracted.
             holitom_config: Settings for this call in place of `config.holitom_config`.
-            vision_batch_size: Number of frames that go through the vision tower at once; `None`: all.
+            vision_batch_size: Number of frames that go through the vision tower at once; `None`: what the device's
+                memory allows.
             prompt_length: Number of leading positions (P included) that are the prompt. Stage 3 keeps what the last
                 real token among them attends to; `None`: the last real token of the call.
             The rest: as in `LlavaOnevisionModel.forward`.
@@ -281,26 +222,22 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
         if attention_mask is not None:
             is_real = attention_mask[:, past.full_length :].to(is_real)
 
-        # Stages 1 and 2. A video takes the first of its placeholders, as many as it has tokens left.
-        merged, embeddings, num_slots = self._merge_videos(video, settings)
-        num_tokens = [len(tokens) for tokens in embeddings]
-        is_unused = torch.cat([torch.arange(n, device=device) >= used for n, used in zip(num_slots, num_tokens)])
-        is_dropped = is_real & torch.zeros_like(video_mask).masked_scatter(video_mask, is_unused)
-        keep = is_real & ~is_dropped
-        # The one transfer to the host: how long rows become, which videos are theirs, where they are padded.
-        num_kept, num_placeholders, ends_real = torch.stack(
-            [keep.sum(1), (video_mask & is_real).sum(1), is_real[:, -1].long()]
-        ).tolist()
-        videos_of_row = assign_videos(num_placeholders, num_slots)
-        packed = PackedRows.of(keep, num_kept, "left" if all(ends_real) else "right")
-        packed_video_mask = video_mask.gather(1, packed.index) & packed.mask
-        packed_embeds = take_rows(inputs_embeds, packed.index).masked_scatter(
-            packed_video_mask[..., None], torch.cat(embeddings).to(inputs_embeds)
+        # Stages 1 and 2.
+        merged, embeddings = merge_encoded_videos(
+            list(video.pooler_output),
+            getattr(video, "importance", None),
+            getattr(video, "keys", None),
+            self._tokens_per_frame(),
+            settings,
         )
+        prompt = compact_prompt(
+            inputs_embeds, video_mask, is_real, embeddings, [len(tokens) for tokens in video.pooler_output]
+        )
+        packed, videos_of_row = prompt.packed, prompt.videos_of_row
 
         outer_mask = torch.cat([past.outer_mask, packed.mask], dim=1)
         is_padded = past.is_padded or packed.is_padded
-        dropped_before = is_dropped.cumsum(1)  # (B, L)
+        dropped_before = prompt.is_dropped.cumsum(1)  # (B, L)
         if position_ids is None:
             packed_positions = outer_mask.cumsum(1)[:, num_cached:] - 1
         else:
@@ -310,18 +247,19 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
         packed_positions = packed_positions.masked_fill(~packed.mask, 0)
 
         # Stage 3 runs inside the decoder.
-        layer = self._inner_layer(settings, past)
+        layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
         if layer is not None:
             stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached)
             if settings.has_inner_stage:
-                stage.videos = token_positions(packed_video_mask, videos_of_row, num_tokens)
+                num_tokens = [len(tokens) for tokens in embeddings]
+                stage.videos = token_positions(prompt.video_mask, videos_of_row, num_tokens)
                 stage.merge_ratio, stage.fold = settings.inner_merge_ratio, settings.inner_method == "merge"
                 stage.num_real, stage.padding_side = packed.num_kept, packed.padding_side
                 num_prompt = num_new if prompt_length is None else prompt_length - past.full_length
                 stage.query = packed.last_kept.gather(1, last_real(is_real, num_prompt))[:, 0]
             decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
         outputs = self.language_model(
-            inputs_embeds=packed_embeds,
+            inputs_embeds=prompt.embeds,
             attention_mask=outer_mask if is_padded else None,
             position_ids=packed_positions,
             **decoder_kwargs,
@@ -359,156 +297,6 @@ class HoliTomLlavaOnevisionModel(HoliTomCheckpointMixin, LlavaOnevisionModel):
             inner_keep=inner_keep,
             output_index=output_index,
         )
-
-    @staticmethod
-    def _inner_layer(settings: HoliTomConfig, past: CompressedSequence) -> int | None:
-        """The layer from which on this call and the cache are shorter; `None` if all layers have the same length."""
-        layer = settings.inner_merge_layer if settings.has_inner_stage else None
-        if past.inner_layer is None:
-            return layer
-        if layer not in (None, past.inner_layer):
-            raise ValueError(
-                f"inner_merge_layer is {layer}, but the cache was compressed from layer {past.inner_layer} on: "
-                "use the same layer for all videos of one conversation"
-            )
-        return past.inner_layer
-
-    def _merge_videos(
-        self, video: BaseModelOutputWithPooling, settings: HoliTomConfig
-    ) -> tuple[list[MergedVideo], list[torch.Tensor], list[int]]:
-        """What stages 1 and 2 make of every video: the record, the (N, D) embeddings, its number of placeholders."""
-        features = list(video.pooler_output)
-        importance, keys = getattr(video, "importance", None), getattr(video, "keys", None)
-        if settings.has_outer_stage and importance is None:
-            raise ValueError(
-                "the encoded videos carry no importance: encode them with this model's get_video_features(..., "
-                "holitom_config=...) and the settings they will be merged with"
-            )
-        merged, embeddings = [], []
-        for index, tokens in enumerate(features):
-            tokens_per_frame = self._tokens_per_frame()
-            frames = tokens[:-1].view(-1, tokens_per_frame, tokens.shape[-1])
-            is_needed = settings.has_outer_stage
-            result = merge_video_tokens(
-                frames,
-                importance[index].to(frames.device) if is_needed else frames.new_zeros(frames.shape[:2]),
-                settings,
-                newline=tokens[-1],
-                keys=keys[index].to(frames.device) if is_needed and keys is not None else None,
-            )
-            has_end = settings.newline_position == "end" or not settings.has_outer_stage
-            merged.append(result)
-            embeddings.append(torch.cat([result.embeddings, tokens[-1:]]) if has_end else result.embeddings)
-            if len(embeddings[-1]) > len(tokens):
-                raise ValueError(
-                    f"with newline_position={settings.newline_position!r} and retention_ratio="
-                    f"{settings.retention_ratio} video {index} has {len(embeddings[-1])} tokens, more than its "
-                    f"{len(tokens)} placeholders: lower the ratio"
-                )
-        return merged, embeddings, [len(tokens) for tokens in features]
-
-    def _tokens_per_frame(self) -> int:
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        return (-(-side // 2)) ** 2
-
-    def check_placeholders(self, input_ids: torch.Tensor | None, pixel_values_videos) -> None:
-        """
-        Raises a `ValueError` if the prompts' video placeholders don't fit the videos, before anything is computed.
-
-        Args:
-            input_ids: (B, L); with `None` (`inputs_embeds`) nothing is checked yet.
-            pixel_values_videos: As in `forward`.
-        """
-        for index, frames in enumerate(pixel_values_videos):
-            if frames.ndim != 4 or 0 in frames.shape:
-                raise ValueError(
-                    f"video {index} has shape {tuple(frames.shape)}; expected (frames, channels, height, width)"
-                )
-        if input_ids is not None:
-            tokens_per_frame = self._tokens_per_frame()
-            expected = [len(frames) * tokens_per_frame + 1 for frames in pixel_values_videos]
-            assign_videos((input_ids == self.config.video_token_id).sum(1).tolist(), expected)
-
-    @merge_with_config_defaults
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: torch.Tensor | list[torch.Tensor],
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        vision_batch_size: int | None = None,
-        holitom_config: HoliTomConfig | dict | str | None = None,
-        **kwargs,
-    ) -> HoliTomVideoFeatures:
-        """
-        Overrides LlavaOnevisionModel.get_video_features: videos may differ in their number of frames, frames go
-        through the vision tower in chunks if asked, and what each token receives of the attention travels along.
-
-        Args:
-            pixel_values_videos: (V, F, C, H, W), or a list of V tensors (F_v, C, H, W).
-            vision_batch_size: Number of frames that go through the vision tower at once; `None`: all.
-            holitom_config: Settings the videos will be merged with; default: the model's. Importance is left out
-                where they don't need it.
-            The rest: as upstream.
-
-        Raises:
-            ValueError: If pixels are not finite, or `vision_batch_size` is below 1.
-        """
-        settings = self.config.holitom_config if holitom_config is None else HoliTomConfig.coerce(holitom_config)
-        if vision_batch_size is not None and vision_batch_size < 1:
-            raise ValueError(f"vision_batch_size must be at least 1 or None, got {vision_batch_size}")
-        num_frames = [len(frames) for frames in pixel_values_videos]
-        is_even = isinstance(pixel_values_videos, torch.Tensor)
-        pixels = pixel_values_videos.flatten(0, 1) if is_even else torch.cat(list(pixel_values_videos))
-        self._check_finite(pixels, num_frames)
-
-        feature_layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-        hidden_index, layer = self._importance_layer(feature_layers)
-        features, importance, keys = [], [], []
-        for chunk in pixels.split(vision_batch_size or len(pixels)):
-            outputs = super().get_video_features(
-                chunk[None],
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                output_hidden_states=[*feature_layers, hidden_index],
-                return_dict=True,
-                **kwargs,
-            )
-            features.append(outputs.pooler_output[0, :-1])
-            if settings.has_outer_stage:
-                received, head_mean = vision_importance(layer, outputs.hidden_states[hidden_index])
-                if vision_feature_select_strategy == "default":
-                    received, head_mean = received[:, 1:], head_mean[:, 1:]
-                importance.append(self.apply_pooling(received[..., None])[..., 0])
-                keys.append(self.apply_pooling(head_mean))
-
-        features = torch.cat(features).view(len(pixels), -1, features[0].shape[-1])
-        newline = self.image_newline[None].to(features)
-        videos = [torch.cat([frames.flatten(0, 1), newline]) for frames in features.split(num_frames)]
-        return HoliTomVideoFeatures(
-            pooler_output=torch.stack(videos) if is_even else videos,
-            importance=list(torch.cat(importance).split(num_frames)) if importance else None,
-            keys=list(torch.cat(keys).split(num_frames)) if keys else None,
-        )
-
-    def _importance_layer(self, feature_layers: list[int]) -> tuple[int, nn.Module]:
-        """The vision layer whose output feeds the projector (the last if several do), and its input's hidden state."""
-        layers = self.vision_tower.encoder.layers
-        output_index = max(index % (len(layers) + 1) for index in feature_layers)
-        if output_index == 0:
-            raise ValueError("vision_feature_layer 0 is the embedding: no attention tells what matters")
-        return output_index - 1, layers[output_index - 1]
-
-    @staticmethod
-    def _check_finite(pixels: torch.Tensor, num_frames: list[int]) -> None:
-        is_finite = torch.isfinite(pixels.flatten(1)).all(1)
-        if not is_finite.all():
-            frame = int(is_finite.logical_not().nonzero()[0])
-            video = next(v for v in range(len(num_frames)) if frame < sum(num_frames[: v + 1]))
-            raise ValueError(
-                f"video {video} has NaN or infinite pixels in frame {frame - sum(num_frames[:video])}: check how it "
-                "was decoded and normalized"
-            )
 
 
 class HoliTomLlavaOnevisionForConditionalGeneration(

@@ -71,4 +71,53 @@ def merge_video_tokens(
     return OUTER_METHODS[config.outer_method](features, importance, config, newline, keys)
 
 
-__all__ = ["OUTER_METHODS", "MergedVideo", "TokenKind", "merge_video_tokens"]
+def merge_encoded_videos(
+    features: list[torch.Tensor],
+    importance: list[torch.Tensor] | None,
+    keys: list[torch.Tensor] | None,
+    tokens_per_frame: int,
+    config: HoliTomConfig,
+) -> tuple[list[MergedVideo], list[torch.Tensor]]:
+    """
+    [`merge_video_tokens`] for every video as the vision tower leaves it, and the newline behind it.
+
+    Args:
+        features: A (F_v*T+1, D) tensor for each of V videos, the newline last.
+        importance, keys: As there, for each video; `None` where the settings need none.
+        tokens_per_frame: T.
+        config: The settings.
+
+    Returns:
+        The V records, and the (N_v, D) embeddings that go into the prompt.
+
+    Raises:
+        ValueError: As [`merge_video_tokens`], and if importance is missing or a video has more tokens than before.
+    """
+    if config.has_outer_stage and importance is None:
+        raise ValueError(
+            "the encoded videos carry no importance: encode them with this model's get_video_features(..., "
+            "holitom_config=...) and the settings they will be merged with"
+        )
+    merged, embeddings = [], []
+    for index, tokens in enumerate(features):
+        frames = tokens[:-1].view(-1, tokens_per_frame, tokens.shape[-1])
+        video = merge_video_tokens(
+            frames,
+            importance[index].to(frames.device) if config.has_outer_stage else frames.new_zeros(frames.shape[:2]),
+            config,
+            newline=tokens[-1],
+            keys=keys[index].to(frames.device) if config.has_outer_stage and keys is not None else None,
+        )
+        has_end = config.newline_position == "end" or not config.has_outer_stage
+        merged.append(video)
+        embeddings.append(torch.cat([video.embeddings, tokens[-1:]]) if has_end else video.embeddings)
+        if len(embeddings[-1]) > len(tokens):
+            raise ValueError(
+                f"with newline_position={config.newline_position!r} and retention_ratio={config.retention_ratio} "
+                f"video {index} has {len(embeddings[-1])} tokens, more than its {len(tokens)} placeholders: lower the "
+                "ratio"
+            )
+    return merged, embeddings
+
+
+__all__ = ["OUTER_METHODS", "MergedVideo", "TokenKind", "merge_encoded_videos", "merge_video_tokens"]

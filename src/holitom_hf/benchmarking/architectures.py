@@ -1,0 +1,96 @@
+"""The sizes of LLaVA-OneVision by name, so that speed can be measured without weights."""
+
+from ..configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
+
+
+# Of Qwen2 in the checkpoints llava-hf/llava-onevision-qwen2-*-ov-hf.
+_DECODERS = {
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 152000,
+        "tie_word_embeddings": True,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152128,
+    },
+    "72b": {
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
+    # As many tokens a frame as the others, at a size that a CPU runs in seconds.
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 2048,
+    },
+}
+_SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+_TINY_SIGLIP = _SIGLIP | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+ARCHITECTURES = tuple(_DECODERS)
+
+
+def architecture(name: str, settings: HoliTomConfig | None = None) -> HoliTomLlavaOnevisionConfig:
+    """
+    The config of LLaVA-OneVision at one of its sizes.
+
+    Args:
+        name: One of `ARCHITECTURES`.
+        settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth.
+
+    Raises:
+        ValueError: If there is no such name.
+    """
+    if name not in _DECODERS:
+        raise ValueError(f"there is no architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+    decoder = dict(_DECODERS[name])
+    tied = decoder.pop("tie_word_embeddings", False)
+    layers, vocabulary = decoder["num_hidden_layers"], decoder["vocab_size"]
+    return HoliTomLlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+            **(_TINY_SIGLIP if name == "tiny" else _SIGLIP),
+        },
+        text_config={
+            "model_type": "qwen2",
+            "max_position_embeddings": 2**18,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": tied,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **decoder,
+        },
+        tie_word_embeddings=tied,
+        image_token_index=vocabulary - 2,
+        video_token_index=vocabulary - 1,
+        holitom_config=settings or HoliTomConfig(inner_merge_layer=round(18 / 28 * layers)),
+    )

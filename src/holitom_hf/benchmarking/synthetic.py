@@ -1,0 +1,112 @@
+"""Videos and features with a chosen redundancy, so that as many tokens stay as of a real video."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+SCENE_FRAMES = 8
+
+
+def synthetic_features(
+    num_frames: int,
+    tokens_per_frame: int,
+    dim: int,
+    static_share: float = 0.6,
+    scene_frames: int = SCENE_FRAMES,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """
+    Features of scenes of equal length, in which a share of the tokens repeats (cosine similarity about 0.92).
+
+    Args:
+        num_frames: F.
+        tokens_per_frame: T.
+        dim: D.
+        static_share: Share of the tokens that repeat over their scene.
+        scene_frames: Frames of a scene.
+        seed: Of the random numbers.
+        device, dtype: Of the result.
+
+    Returns:
+        (F, T, D).
+    """
+    random = torch.Generator(device).manual_seed(seed)
+    features = torch.empty((num_frames, tokens_per_frame, dim), device=device, dtype=dtype)
+    features.normal_(generator=random)
+    for start in range(0, num_frames, scene_frames):
+        chosen = torch.randperm(tokens_per_frame, generator=random, device=device)
+        chosen = chosen[: round(static_share * tokens_per_frame)]
+        scene = features[start : start + scene_frames]
+        scene[1:, chosen] = scene[:1, chosen] + 0.3 * scene[1:, chosen]
+    return features
+
+
+class SyntheticProjector:
+    """
+    A forward hook for the projector: what it computes is replaced by patches whose pooling gives chosen features.
+
+    Random weights make features that are all alike; the work before stays what it is.
+    """
+
+    def __init__(self, features: torch.Tensor, num_patches: int):
+        """
+        Args:
+            features: (F, T, D), given out frame by frame, from the first again after the last.
+            num_patches: P, patches of a frame before the pooling.
+        """
+        side, pooled = round(num_patches**0.5), round(features.shape[1] ** 0.5)
+        # The pooled token that each patch weighs most in: the model's pooling, applied to every patch alone.
+        every = torch.eye(num_patches).view(num_patches, 1, side, side)
+        weights = F.interpolate(every, size=(pooled, pooled), mode="bilinear").view(num_patches, -1)
+        self.features, self.owner = features, weights.argmax(1).to(features.device)
+        self.frame = 0
+
+    def __call__(self, module, inputs, output: torch.Tensor) -> torch.Tensor:
+        """(f, P, D) of the projector -> (f, P, D) that pools to the next f frames."""
+        frames = [(self.frame + step) % len(self.features) for step in range(len(output))]
+        self.frame = (self.frame + len(output)) % len(self.features)
+        first = frames[0]
+        if frames == list(range(first, first + len(frames))):
+            return self.features[first : first + len(frames)].index_select(1, self.owner)
+        return self.features[frames].index_select(1, self.owner)
+
+
+def write_clip(
+    path: Path,
+    duration: float,
+    keyframe_interval: int = 250,
+    fps: int = 25,
+    size: tuple[int, int] = (1280, 720),
+    codec_threads: int = 0,
+) -> None:
+    """
+    Writes an H.264 clip of a texture that scrolls: neither trivial to encode nor still.
+
+    Args:
+        path: File to write.
+        duration: Seconds.
+        keyframe_interval: Frames between keyframes.
+        fps: Frames a second.
+        size: Width and height in pixels.
+        codec_threads: Of the encoder; 0: as it likes.
+    """
+    random = np.random.default_rng(0)
+    texture = random.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    options = {"preset": "ultrafast", "crf": "28", "x264-params": "scenecut=0"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.gop_size = keyframe_interval
+        stream.codec_context.thread_count = codec_threads
+        for index in range(round(duration * fps)):
+            frame = av.VideoFrame.from_ndarray(np.roll(texture, 3 * index, axis=1), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
