@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .packed_rows import PackedRows, take_rows
+from .spatial_merging import masked_positions
 from .video_placeholders import assign_videos
 
 
@@ -61,7 +62,8 @@ def compact_prompt(
     videos_of_row = assign_videos(num_placeholders, num_slots)
     packed = PackedRows.of(keep, num_kept, "left" if all(ends_real) else "right")
     packed_video_mask = video_mask.gather(1, packed.index) & packed.mask
-    embeds = take_rows(inputs_embeds, packed.index).masked_scatter(
-        packed_video_mask[..., None], torch.cat(embeddings).to(inputs_embeds)
-    )
+    tokens = torch.cat(embeddings).to(inputs_embeds)
+    places = masked_positions(packed_video_mask.reshape(1, -1), len(tokens))[0]
+    embeds = take_rows(inputs_embeds, packed.index)
+    embeds = embeds.flatten(0, 1).index_copy(0, places, tokens).view_as(embeds)
     return CompactedPrompt(embeds, packed, packed_video_mask, is_dropped, videos_of_row)

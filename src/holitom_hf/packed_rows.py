@@ -66,4 +66,7 @@ class PackedRows:
 
 def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(B, L, D) and (B, N) int64 -> (B, N, D)."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+    batch_size, length, dim = values.shape
+    first = torch.arange(batch_size, device=index.device)[:, None] * length
+    # Row by row: `gather` would look every single element up.
+    return values.reshape(-1, dim).index_select(0, (index + first).flatten()).view(batch_size, -1, dim)

@@ -2,8 +2,8 @@
 Operations of every part of a compressed forward pass, counted as they are run.
 
 A multiplication and an addition count as two, as torch's `FlopCounterMode` has it, and like there only matrix products
-and convolutions count. (The paper's formula, in `flops.py`, counts the pair as one, knows neither grouped-query attention
-nor the gate of the MLP, and leaves out what stands before the decoder.)
+and convolutions count. (The paper's formula, in `flops.py`, counts the pair as one, knows neither grouped-query
+attention nor the gate of the MLP, and leaves out what stands before the decoder.)
 """
 
 from collections.abc import Sequence

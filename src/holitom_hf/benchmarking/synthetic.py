@@ -84,7 +84,6 @@ def write_clip(
     keyframe_interval: int = 250,
     fps: int = 25,
     size: tuple[int, int] = (1280, 720),
-    codec_threads: int = 0,
 ) -> None:
     """
     Writes an H.264 clip of a texture that scrolls: neither trivial to encode nor still.
@@ -95,7 +94,6 @@ def write_clip(
         keyframe_interval: Frames between keyframes.
         fps: Frames a second.
         size: Width and height in pixels.
-        codec_threads: Of the encoder; 0: as it likes.
     """
     random = np.random.default_rng(0)
     texture = random.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
@@ -104,7 +102,6 @@ def write_clip(
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.gop_size = keyframe_interval
-        stream.codec_context.thread_count = codec_threads
         for index in range(round(duration * fps)):
             frame = av.VideoFrame.from_ndarray(np.roll(texture, 3 * index, axis=1), format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, fps)

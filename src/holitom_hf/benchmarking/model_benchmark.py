@@ -1,0 +1,277 @@
+"""Upstream's class against ours, step by step, in one process."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from ..compaction import compact_prompt
+from ..configuration_holitom import HoliTomLlavaOnevisionConfig
+from ..processing_holitom import HoliTomVideoProcessor
+from ..savings import cache_bytes
+from ..temporal_segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
+from ..token_merging import merge_encoded_videos
+from ..vision_importance import vision_importance
+from .measuring import Spread, alternate, count_operations, count_waits, peak_bytes, seconds
+from .models import Contest, contest
+from .synthetic import write_clip
+
+
+# What is measured of both models, in the order of a forward pass; of the others only ours has something.
+SHARED_STEPS = ("decode", "preprocess", "vision_tower", "prefill", "first_token", "answer", "end_to_end")
+OWN_STEPS = ("importance", "segmentation", "merging", "compaction")
+CLIP_SECONDS = 10
+
+
+@dataclass
+class ModelResult:
+    """
+    What a contest came to.
+
+    Attributes:
+        steps: Seconds by step and by model (`"plain"`, `"holitom"`). `merging` is what stages 1 and 2 take beyond
+            `segmentation`, `answer` the tokens after the first.
+        tokens: Positions of the prompt in the decoder: `plain`, `outer` and `inner`, the last of them from stage 3 on.
+        new_tokens: Tokens of an answer.
+        cache_bytes: Keys and values after the prompt, by model.
+        peak_bytes: Most memory that a first token and a whole answer needed beyond weights and inputs, by model.
+        operations: Launches and waits of what only ours does.
+        throughput: Largest batch that fitted and its tokens a second, by model; empty where not asked for.
+    """
+
+    steps: dict[str, dict[str, Spread]]
+    tokens: dict[str, int]
+    new_tokens: int
+    cache_bytes: dict[str, int]
+    peak_bytes: dict[str, dict[str, int | None]]
+    operations: dict[str, int | None]
+    throughput: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def ratio(self, step: str) -> float:
+        """How many times faster ours is."""
+        return self.steps[step]["plain"].median / self.steps[step]["holitom"].median
+
+    @property
+    def own_share(self) -> float:
+        """What HoliTom adds before the decoder, as a share of the plain model's time to first token."""
+        own = sum(self.steps[step]["holitom"].median for step in OWN_STEPS)
+        return own / self.steps["first_token"]["plain"].median
+
+
+@torch.inference_mode()
+def run_model_benchmark(
+    config: HoliTomLlavaOnevisionConfig,
+    num_frames: int = 32,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    static_share: float = 0.6,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    largest_batch: int | None = None,
+    compile_vision: bool = False,
+    progress=iter,
+) -> ModelResult:
+    """
+    Measures upstream's class and ours over the same random weights.
+
+    Args:
+        config: Architecture and settings.
+        num_frames: F.
+        batch_size: Prompts at once, each with a video.
+        device, dtype, attention: Of the models.
+        static_share: Share of the tokens that repeat, see [`synthetic_features`].
+        new_tokens: Tokens of an answer, at least 2.
+        rounds: How often each step is measured; the models take turns.
+        largest_batch: Measure throughput, too, at the largest power of 2 up to this that fits.
+        compile_vision: Run the vision tower through `torch.compile`.
+        progress: Wraps the rounds, as a progress bar does.
+
+    Raises:
+        ValueError: If the settings don't shorten anything or an answer has fewer than 2 tokens.
+    """
+    if new_tokens < 2:
+        raise ValueError(f"an answer needs at least 2 tokens to be measured, got {new_tokens}")
+    if not config.holitom_config.has_outer_stage or config.holitom_config.outer_method != "holitom":
+        raise ValueError("the benchmark is of HoliTom: outer_method must be holitom and retention_ratio below 1")
+    game = contest(config, num_frames, batch_size, torch.device(device), dtype, attention, static_share)
+    if compile_vision:
+        for model in game.models.values():
+            model.model.vision_tower.compile()
+    encoded = game.encoded()
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.mp4"
+        write_clip(clip, max(CLIP_SECONDS, num_frames / 25))
+        calls = _calls(game, encoded, clip, num_frames, new_tokens)
+        times = alternate(calls, game.device, rounds, progress=progress)
+    # Not steps of their own, but what is left of two that were measured in the same round.
+    times["merging holitom"] = _differences(times["merging holitom"], times["segmentation holitom"])
+    for model in game.models:
+        times[f"answer {model}"] = _differences(times[f"answer {model}"], times[f"first_token {model}"])
+    steps = {}
+    for name, values in times.items():
+        step, model = name.split()
+        steps.setdefault(step, {})[model] = Spread.of(values)
+
+    caches = {name: _prefill(model, game)["past_key_values"] for name, model in game.models.items()}
+    record = caches["holitom"].compressed_sequence
+
+    def own_work():
+        _merge(game, encoded)
+
+    result = ModelResult(
+        steps=steps,
+        tokens={
+            "plain": game.input_ids.shape[1],
+            "outer": record.outer_mask.shape[1],
+            "inner": record.inner_mask.shape[1],
+        },
+        new_tokens=new_tokens,
+        cache_bytes={name: cache_bytes(cache) for name, cache in caches.items()},
+        peak_bytes={
+            step: {name: peak_bytes(calls[f"{step} {name}"], game.device) for name in game.models}
+            for step in ("first_token", "answer")
+        },
+        operations={
+            "merging_launches": count_operations(own_work).launches,
+            "merging_waits": count_waits(own_work) if game.device.type == "cuda" else None,
+        },
+    )
+    del caches, record
+    if largest_batch:
+        result.throughput = {
+            name: _throughput(game, model, new_tokens, largest_batch) for name, model in game.models.items()
+        }
+    return result
+
+
+def _calls(game: Contest, encoded, clip: Path, num_frames: int, new_tokens: int) -> dict[str, Callable]:
+    """The steps as functions, in the order in which they take turns."""
+    processor = HoliTomVideoProcessor(num_frames=num_frames)
+    size = game.pixels.shape[-1]
+    ours = game.models["holitom"]
+    frames, _ = processor.decode(str(clip))
+
+    def preprocess(videos):
+        pixels = processor(videos, size={"height": size, "width": size}, device=str(game.device), return_tensors="pt")[
+            "pixel_values_videos"
+        ]
+        return pixels.to(game.device, game.pixels.dtype)
+
+    hidden_index, layer = ours.model._importance_layer([ours.config.vision_feature_layer])
+    hidden = torch.cat(
+        [
+            ours.model.vision_tower(chunk, output_hidden_states=True).hidden_states[hidden_index]
+            for chunk in game.pixels.flatten(0, 1).split(ours.model._frames_at_once(game.pixels.shape[1]))
+        ]
+    )
+    per_frame = (len(encoded.pooler_output[0]) - 1) // num_frames
+    videos = [tokens[:-1].view(num_frames, per_frame, -1) for tokens in encoded.pooler_output]
+
+    def importance():
+        ours.model.apply_pooling(vision_importance(layer, hidden)[0][..., None])
+
+    def segmentation():
+        for tokens in videos:
+            runs = similarity_runs(frame_similarity(tokens), ours.config.holitom_config.similarity_threshold)
+            choose_segments(count_static_tokens(runs))
+
+    _, merged = _merge(game, encoded)
+    embeds = ours.get_input_embeddings()(game.input_ids)
+    is_video = game.input_ids == ours.config.video_token_id
+
+    def compaction():
+        slots = [len(tokens) for tokens in encoded.pooler_output]
+        compact_prompt(embeds, is_video, torch.ones_like(is_video), merged, slots)
+
+    calls = {"decode plain": lambda: processor.decode(str(clip)), "preprocess plain": lambda: preprocess(frames)}
+    calls |= {"decode holitom": calls["decode plain"], "preprocess holitom": calls["preprocess plain"]}
+    calls |= {
+        "importance holitom": importance,
+        "segmentation holitom": segmentation,
+        "merging holitom": lambda: _merge(game, encoded),
+        "compaction holitom": compaction,
+    }
+    for name, model in game.models.items():
+        replay = _decoder_call(model, game)
+        calls[f"vision_tower {name}"] = _vision_call(model, game)
+        calls[f"prefill {name}"] = replay
+        calls[f"first_token {name}"] = lambda model=model: _prefill(model, game)
+        calls[f"answer {name}"] = lambda model=model: _generate(model, game.inputs(), new_tokens)
+
+        def end_to_end(model=model):
+            pixels = preprocess(processor.decode(str(clip))[0])
+            inputs = game.inputs()
+            inputs["pixel_values_videos"] = pixels.expand_as(inputs["pixel_values_videos"])
+            _generate(model, inputs, new_tokens)
+
+        calls[f"end_to_end {name}"] = end_to_end
+    return calls
+
+
+def _vision_call(model, game: Contest) -> Callable:
+    """Vision tower, projector and pooling; in ours without importance, which is a step of its own."""
+    if model is game.models["plain"]:
+        return lambda: model.get_video_features(game.pixels, return_dict=True)
+    return lambda: model.get_video_features(game.pixels, holitom_config={"outer_method": "none"}, return_dict=True)
+
+
+def _decoder_call(model, game: Contest) -> Callable:
+    """The decoder alone, with what the model passes to it."""
+    seen = {}
+
+    def remember(module, args, kwargs):
+        seen.update(kwargs)
+
+    handle = model.model.language_model.register_forward_pre_hook(remember, with_kwargs=True)
+    _prefill(model, game)
+    handle.remove()
+    return lambda: model.model.language_model(**{**seen, "past_key_values": DynamicCache()})
+
+
+def _prefill(model, game: Contest):
+    return model(**game.inputs(), logits_to_keep=1, use_cache=True)
+
+
+def _generate(model, inputs: dict[str, torch.Tensor], new_tokens: int) -> None:
+    model.generate(**inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+
+
+def _merge(game: Contest, encoded):
+    """Stages 1 and 2 of all videos."""
+    config = game.models["holitom"].config
+    per_frame = (len(encoded.pooler_output[0]) - 1) // game.pixels.shape[1]
+    return merge_encoded_videos(
+        list(encoded.pooler_output), encoded.importance, None, per_frame, config.holitom_config
+    )
+
+
+def _throughput(game: Contest, model, new_tokens: int, largest: int) -> dict[str, float]:
+    """Prompts and tokens a second of whole answers, for the largest batch that fits."""
+    best, rows = {}, 1
+    while rows <= largest:
+        inputs = game.inputs(rows)
+        try:
+            _generate(model, inputs, 2)
+            elapsed = seconds(partial(_generate, model, inputs, new_tokens), game.device)
+        except torch.OutOfMemoryError:
+            break
+        best = {
+            "batch_size": rows,
+            "seconds": elapsed,
+            "prompts_per_second": rows / elapsed,
+            "tokens_per_second": rows * new_tokens / elapsed,
+        }
+        rows *= 2
+    if game.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return best
+
+
+def _differences(longer: list[float], shorter: list[float]) -> list[float]:
+    return [max(0.0, a - b) for a, b in zip(longer, shorter)]

@@ -1,0 +1,178 @@
+"""HoliTom's own stages alone, against frames, redundancy, retention and batch, and against what the machine allows."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..compaction import compact_prompt
+from ..configuration_holitom import HoliTomConfig
+from ..inner_merging import merge_hidden_states
+from ..temporal_segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
+from ..token_merging import TokenKind, merge_video_tokens
+from .measuring import OperationCounts, Spread, alternate, count_operations, peak_bytes
+from .synthetic import synthetic_features
+
+
+STAGES = ("similarity", "segmentation", "stages 1+2", "compaction", "stage 3")
+
+
+@dataclass
+class StageResult:
+    """
+    The stages over one video, or over a batch of them.
+
+    Attributes:
+        num_frames, tokens_per_frame, dim: Of the features.
+        retention_ratio, static_share, batch_size: What was asked for.
+        num_tokens: Tokens that stages 1 and 2 left of a video.
+        seconds: By stage. `segmentation` holds `similarity`, `stages 1+2` both.
+        floor: By stage, seconds in which the machine could move the bytes or do the operations that it can't do
+            without, whichever takes longer.
+        peak_bytes: Most memory of stages 1+2 beyond their input; `None` where it can't be told.
+        operations: Launches and waits by stage, for one video.
+    """
+
+    num_frames: int
+    tokens_per_frame: int
+    dim: int
+    retention_ratio: float
+    static_share: float
+    batch_size: int
+    num_tokens: int
+    seconds: dict[str, Spread]
+    floor: dict[str, float]
+    peak_bytes: int | None
+    operations: dict[str, OperationCounts]
+
+
+@dataclass
+class MachineLimits:
+    """
+    What a machine does at best.
+
+    Attributes:
+        bytes_per_second: Read from memory, by a sum over 256 MiB.
+        operations_per_second: Of a product of large float32 matrices, additions counted.
+    """
+
+    bytes_per_second: float
+    operations_per_second: float
+
+
+@torch.inference_mode()
+def machine_limits(device: torch.device | str = "cpu", rounds: int = 5) -> MachineLimits:
+    """Measures reading and multiplying in float32, the best of some rounds."""
+    device = torch.device(device)
+    values = torch.ones(2**26, device=device)
+    side = 1024 if device.type == "cpu" else 8192
+    matrix = torch.ones((side, side), device=device)
+    times = alternate({"read": values.sum, "multiply": lambda: matrix @ matrix}, device, rounds)
+    return MachineLimits(values.nbytes / min(times["read"]), 2 * side**3 / min(times["multiply"]))
+
+
+@torch.inference_mode()
+def run_stage_benchmark(
+    settings: HoliTomConfig,
+    num_frames: int = 32,
+    tokens_per_frame: int = 196,
+    dim: int = 3584,
+    static_share: float = 0.6,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 15,
+    limits: MachineLimits | None = None,
+) -> StageResult:
+    """
+    Measures the stages over synthetic features.
+
+    Args:
+        settings: `retention_ratio`, `similarity_threshold` and so on.
+        num_frames, tokens_per_frame, dim: F, T and D.
+        static_share: Share of the tokens that repeat.
+        batch_size: Videos, one after another as in a batch of prompts.
+        device, dtype: Of the features.
+        rounds: How often each stage is measured.
+        limits: Of the machine; default: measured.
+    """
+    device = torch.device(device)
+    limits = limits or machine_limits(device)
+    features = synthetic_features(num_frames, tokens_per_frame, dim, static_share, device=device, dtype=dtype)
+    random = torch.Generator(device).manual_seed(0)
+    importance = torch.rand((num_frames, tokens_per_frame), device=device, generator=random)
+    merged = merge_video_tokens(features, importance, settings)
+    prompt = torch.cat([features.flatten(0, 1), features[0, :1]])[None].repeat(batch_size, 1, 1)
+    is_video = torch.ones(prompt.shape[:2], dtype=torch.bool, device=device)
+    hidden = merged.embeddings[None]
+    asked = torch.rand(merged.num_tokens, device=device, generator=random)
+
+    def similarity():
+        return frame_similarity(features)
+
+    def segmentation():
+        return choose_segments(count_static_tokens(similarity_runs(similarity(), settings.similarity_threshold)))
+
+    def merging():
+        return merge_video_tokens(features, importance, settings)
+
+    def compaction():
+        # One pass for the whole batch, as in the model.
+        tokens = [merged.embeddings] * batch_size
+        return compact_prompt(prompt, is_video, is_video, tokens, [prompt.shape[1]] * batch_size)
+
+    def inner():
+        return merge_hidden_states(hidden, asked, 0, merged.num_tokens, settings.inner_merge_ratio)
+
+    single = {"similarity": similarity, "segmentation": segmentation, "stages 1+2": merging, "stage 3": inner}
+
+    def repeated(function):
+        return lambda: [function() for _ in range(batch_size)]
+
+    calls = {name: repeated(function) for name, function in single.items()} | {"compaction": compaction}
+    times = alternate(calls, device, rounds, warmup=2)
+    peak = peak_bytes(calls["stages 1+2"], device)
+    return StageResult(
+        num_frames=num_frames,
+        tokens_per_frame=tokens_per_frame,
+        dim=dim,
+        retention_ratio=settings.retention_ratio,
+        static_share=static_share,
+        batch_size=batch_size,
+        num_tokens=merged.num_tokens,
+        seconds={stage: Spread.of(times[stage]) for stage in STAGES},
+        floor={
+            stage: batch_size * max(moved / limits.bytes_per_second, operations / limits.operations_per_second)
+            for stage, (moved, operations) in _least_work(features, merged, settings).items()
+        },
+        peak_bytes=peak,
+        operations={
+            name: count_operations(function) for name, function in (single | {"compaction": compaction}).items()
+        },
+    )
+
+
+def _least_work(features: torch.Tensor, merged, settings: HoliTomConfig) -> dict[str, tuple[float, float]]:
+    """Bytes and operations by stage that no implementation can do without, each input read once."""
+    num_frames, tokens_per_frame, dim = features.shape
+    token_bytes = dim * features.element_size()
+    num_inputs, num_outputs = num_frames * tokens_per_frame, merged.num_tokens
+    segments = [(start, stop - start) for start, stop in merged.segments if stop - start > 1]
+    is_static = merged.kind[merged.assignment] == TokenKind.STATIC  # (F, T), wrong where assignment is -1
+    sizes = [int((is_static[start] & (merged.assignment[start] >= 0)).sum()) for start, _ in segments]
+    clusters = [int(((merged.kind == TokenKind.STATIC) & (merged.frame == start)).sum()) for start, _ in segments]
+    averaged = sum(size * length for size, (_, length) in zip(sizes, segments))
+    similarity = (num_inputs * token_bytes, 6 * num_inputs * dim)
+    clustering = sum(n * n + 2 * n * m for n, m in zip(sizes, clusters)) * dim  # distances are symmetric
+    merging = (
+        (num_inputs + averaged + 2 * num_outputs) * token_bytes,
+        similarity[1] + averaged * dim + clustering,
+    )
+    kept = round(num_outputs * (1 - settings.inner_merge_ratio))
+    inner = ((num_outputs + kept) * token_bytes, 2 * kept * (num_outputs - kept) * dim)
+    return {
+        "similarity": similarity,
+        "segmentation": similarity,
+        "stages 1+2": merging,
+        "compaction": (2 * num_outputs * token_bytes, 0.0),
+        "stage 3": inner,
+    }
