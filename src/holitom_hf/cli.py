@@ -3,22 +3,32 @@
 import contextlib
 import json
 import os
-import shlex
-import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.core import TyperCommand
 
 from .bundled import BUNDLED_ABOUT, BUNDLED_NAME, model_name
+from .cli_measuring import app as measuring
+from .cli_options import (
+    Device,
+    Dtype,
+    Frames,
+    Host,
+    MaxNewTokens,
+    Model,
+    Preset,
+    RetentionRatio,
+    one_line_errors,
+    quiet,
+    settings_of,
+)
 
 
 app = typer.Typer(
@@ -26,66 +36,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-MODEL_HELP = "Folder or Hub repository of a LLaVA-OneVision model, or bundled: a small one for drawn clips."
-# Options that several commands have.
-Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-Preset = Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")]
-RetentionRatio = Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")]
-Frames = Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")]
+app.add_typer(measuring)
 
 # torch and transformers are imported where a command needs them, so that `--help` is there at once.
-
-
-class _ManyValues(TyperCommand):
-    """A command whose list options take their values behind each other: `--ratios 0.2 0.1`."""
-
-    def parse_args(self, ctx, args):
-        """Overrides click.Command.parse_args: the option's name is repeated before every value."""
-        many = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        repeated, current = [], None
-        for argument in args:
-            if argument.startswith("--"):
-                current, is_first = (argument if argument in many else None), True
-            elif current is not None and not is_first:
-                repeated.append(current)
-            else:
-                is_first = False
-            repeated.append(argument)
-        return super().parse_args(ctx, repeated)
-
-
-@contextlib.contextmanager
-def _one_line_errors():
-    """What a caller may have got wrong becomes one line on stderr and exit code 1."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(130) from error
-
-
-def _settings(preset: str | None, retention_ratio: float | None):
-    """The settings that the options ask for, or `None` for the checkpoint's own."""
-    from .configuration_holitom import HoliTomConfig
-
-    settings = HoliTomConfig.coerce(preset) if preset is not None else None
-    if settings is not None and retention_ratio is not None:
-        settings = replace(settings, retention_ratio=retention_ratio)
-    return settings
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @app.command()
@@ -107,11 +60,11 @@ def answer(
     def step(text: str):
         return contextlib.nullcontext() if as_json else console.status(text)
 
-    with _one_line_errors():
-        settings = _settings(preset, retention_ratio)
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
         with step("Loading torch and transformers"):
             from .answering import Answerer, TextPrinter
-        _quiet()
+        quiet()
         with step("Decoding the video"):
             answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
             inputs = answerer.prepare(video, question, num_frames=frames)
@@ -170,12 +123,12 @@ def batch(
     dtype: Dtype = "auto",
 ) -> None:
     """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
-    with _one_line_errors():
-        settings = _settings(preset, retention_ratio)
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
         from .batch_inputs import input_ids, read_inputs
 
         asked = read_inputs(inputs, question, split)
-        _quiet()
+        quiet()
         from accelerate import PartialState
 
         from .answering import Answerer
@@ -231,14 +184,14 @@ def visualize(
     dtype: Dtype = "auto",
 ) -> None:
     """Shows segments, and which tokens of a video are kept, merged and dropped."""
-    with _one_line_errors():
-        settings = _settings(preset, retention_ratio)
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
         try:
             from .visualization_files import view_merging, writer_for
         except ModuleNotFoundError as error:
             raise ImportError(f"pictures need {error.name}: pip install 'holitom-hf[plots]'") from error
         write = writer_for(out)
-        _quiet()
+        quiet()
         from .answering import Answerer
 
         answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
@@ -265,13 +218,13 @@ def demo(
     dtype: Dtype = "auto",
 ) -> None:
     """Starts a web page that answers with and without HoliTom, side by side."""
-    with _one_line_errors():
-        settings = _settings(preset, None)
+    with one_line_errors():
+        settings = settings_of(preset, None)
         try:
             from .web_demo import LAUNCH_OPTIONS, build_app
         except ModuleNotFoundError as error:
             raise ImportError(f"the web page needs {error.name}: pip install 'holitom-hf[demo]'") from error
-        _quiet()
+        quiet()
         from .answering import Answerer
 
         answerer = Answerer(model_name(model), settings, device=device, dtype=dtype)
@@ -292,15 +245,15 @@ def serve(
     dtype: Dtype = "auto",
 ) -> None:
     """Starts transformers' OpenAI-compatible server for one compressed model."""
-    with _one_line_errors():
-        settings = _settings(preset, retention_ratio)
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
         try:
             import uvicorn
 
             from .serving import build_app
         except ImportError as error:
             raise ImportError(f"serving needs more ({error}): pip install 'holitom-hf[serving]'") from error
-        _quiet()
+        quiet()
         from .answering import Answerer
 
         answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
@@ -317,13 +270,13 @@ def convert(
     retention_ratio: RetentionRatio = None,
 ) -> None:
     """Writes a checkpoint that loads compressed with trust_remote_code=True, and uncompressed without."""
-    with _one_line_errors():
+    with one_line_errors():
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise ValueError(f"{out} exists and is not an empty folder: choose another")
-        settings = _settings(preset, retention_ratio)
+        settings = settings_of(preset, retention_ratio)
         from .converting import write_checkpoint
 
-        _quiet()
+        quiet()
         start = time.perf_counter()
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -336,63 +289,6 @@ def convert(
             Path(folder).mkdir()
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         print(f"Wrote {out} ({size / 2**20:.2f} MiB) in {time.perf_counter() - start:.1f} s.")
-
-
-@app.command()
-def questions(
-    out: Annotated[Path, typer.Argument(help="Folder for the videos and questions.jsonl.")],
-    num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 1000,
-    split: Annotated[str, typer.Option(help="train or test; their clips never meet.")] = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another set.")] = 0,
-    side: Annotated[int, typer.Option(help="Width and height of the videos in pixels.")] = 224,
-) -> None:
-    """Draws clips with questions and exact answers, and writes them as H.264 files."""
-    with _one_line_errors():
-        from .video_questions import write_set
-
-        written = write_set(out, num_questions, split, seed, side, progress=_bar("Writing videos"))
-        print(f"Wrote {len(written)} questions about {len({q.video for q in written})} videos to {out}.")
-
-
-@app.command(cls=_ManyValues)
-def evaluate(
-    model: Model = BUNDLED_NAME,
-    methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; default: all.")] = None,
-    retention_ratios: Annotated[list[float] | None, typer.Option(help="Values of R; default: 0.25 ... 0.02.")] = None,
-    ablations: Annotated[bool, typer.Option(help="The paper's ablations, too.")] = False,
-    questions: Annotated[Path | None, typer.Option(help="A set of questions; default: one drawn into --out.")] = None,
-    num_questions: Annotated[int, typer.Option(min=1, help="Size of the set that is drawn.")] = 1000,
-    out: Annotated[Path, typer.Option(help="Folder for answers, tables and plots; a stopped run goes on.")] = Path(
-        "evaluation"
-    ),
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Accuracy against FLOPs on drawn video questions, for HoliTom and the methods it competes with."""
-    with _one_line_errors():
-        from .evaluation_methods import METHODS, RETENTION_RATIOS, ablation_runs, method_runs
-        from .video_questions import read_set, write_set
-
-        _quiet()
-        from .answering import Answerer
-        from .evaluation import evaluate as answer_all
-        from .evaluation_report import summarize, write_report
-
-        answerer = Answerer(model_name(model), device=device, dtype=dtype)
-        own = answerer.config.holitom_config
-        runs = method_runs(own, methods or list(METHODS), retention_ratios or list(RETENTION_RATIOS))
-        if ablations:
-            runs += ablation_runs(own, answerer.config.text_config.num_hidden_layers)
-        folder = questions or out / "questions"
-        if questions is None and not (folder / "questions.jsonl").is_file():
-            write_set(folder, num_questions, progress=_bar("Writing videos"))
-        asked = read_set(folder)
-        answerer.load_model()
-        results = answer_all(answerer, folder, asked, runs, out, batch_size, progress=_bar("Answering"))
-        files = write_report(summarize(results, runs), "holitom-hf " + shlex.join(sys.argv[1:]), out)
-        print((out / "table.md").read_text())
-        print("Wrote " + ", ".join(map(str, files)) + ".")
 
 
 def _end_with_launcher() -> None:
@@ -421,11 +317,6 @@ class _Speed(ProgressColumn):
     def render(self, task):
         """Overrides ProgressColumn.render."""
         return f"{task.finished_speed or task.speed or 0:.2f} videos/s"
-
-
-def _bar(text: str):
-    """Wraps an iterable in a progress bar on stderr."""
-    return lambda items: track(items, text, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

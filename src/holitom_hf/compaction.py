@@ -62,8 +62,8 @@ def compact_prompt(
     videos_of_row = assign_videos(num_placeholders, num_slots)
     packed = PackedRows.of(keep, num_kept, "left" if all(ends_real) else "right")
     packed_video_mask = video_mask.gather(1, packed.index) & packed.mask
-    tokens = torch.cat(embeddings).to(inputs_embeds)
+    tokens = (torch.cat(embeddings) if len(embeddings) > 1 else embeddings[0]).to(inputs_embeds)
     places = masked_positions(packed_video_mask.reshape(1, -1), len(tokens))[0]
     embeds = take_rows(inputs_embeds, packed.index)
-    embeds = embeds.flatten(0, 1).index_copy(0, places, tokens).view_as(embeds)
+    embeds.flatten(0, 1).index_copy_(0, places, tokens)
     return CompactedPrompt(embeds, packed, packed_video_mask, is_dropped, videos_of_row)

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 
-# Attention probabilities that exist at once.
-IMPORTANCE_BYTES = 256 * 2**20
+# Bytes of attention probabilities that exist at once: few enough for a processor's cache, many enough to fill a GPU.
+IMPORTANCE_BYTES = {"cpu": 2 * 2**20}
+IMPORTANCE_BYTES_ELSEWHERE = 256 * 2**20
 
 
 @torch.no_grad()
@@ -13,8 +14,8 @@ def vision_importance(layer: nn.Module, hidden_states: torch.Tensor) -> tuple[to
     """
     What each patch receives of a vision layer's attention, from that layer's own input and projections.
 
-    Softmax attention averaged over heads and over queries, a few frames at a time; the layer itself may run with
-    any `attn_implementation`.
+    Softmax attention averaged over heads and over queries, a few heads at a time; the layer itself may run with any
+    `attn_implementation`.
 
     Args:
         layer: A SigLIP or CLIP encoder layer.
@@ -26,15 +27,16 @@ def vision_importance(layer: nn.Module, hidden_states: torch.Tensor) -> tuple[to
     Source: section 3.2; VisionZip, section 3.2, for the keys.
     """
     attention = layer.self_attn
-    num_patches = hidden_states.shape[1]
-    frames_at_once = max(1, IMPORTANCE_BYTES // (4 * attention.num_heads * num_patches**2))
-    received, head_mean = [], []
-    for frames in hidden_states.split(frames_at_once):
-        normed = layer.layer_norm1(frames)
-        shape = (*normed.shape[:2], attention.num_heads, -1)
-        queries = attention.q_proj(normed).view(shape).transpose(1, 2)  # (f, H, P, d)
-        keys = attention.k_proj(normed).view(shape).transpose(1, 2)
-        scores = (queries @ keys.mT) * attention.scale
-        received.append(scores.softmax(-1, dtype=torch.float32).mean((1, 2)))
-        head_mean.append(keys.mean(1))
-    return torch.cat(received), torch.cat(head_mean)
+    num_frames, num_patches, _ = hidden_states.shape
+    shape = (num_frames, num_patches, attention.num_heads, -1)
+    normed = layer.layer_norm1(hidden_states)
+    queries = attention.q_proj(normed).view(shape).transpose(1, 2).flatten(0, 1)  # (F*H, P, d)
+    keys = attention.k_proj(normed).view(shape).transpose(1, 2)
+    budget = IMPORTANCE_BYTES.get(hidden_states.device.type, IMPORTANCE_BYTES_ELSEWHERE)
+    heads_at_once = max(1, budget // (4 * num_patches**2))
+    received = [
+        (torch.bmm(q, k.mT) * attention.scale).softmax(-1, dtype=torch.float32).sum(1)
+        for q, k in zip(queries.split(heads_at_once), keys.flatten(0, 1).split(heads_at_once))
+    ]
+    received = torch.cat(received).view(num_frames, -1, num_patches).mean(1) / num_patches
+    return received, keys.mean(1)

@@ -6,8 +6,13 @@ and convolutions count. (The paper's formula, in `flops.py`, counts the pair as 
 attention nor the gate of the MLP, and leaves out what stands before the decoder.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from ..configuration_holitom import HoliTomConfig
+from ..flops import prefill_flops, tokens_by_layer
+from ..inner_merging import num_inner_kept
 
 
 @dataclass
@@ -115,3 +120,116 @@ def output_layer_flops(text_config) -> float:
 
 def _num_patches(vision_config) -> int:
     return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
+@dataclass
+class VideoPlan:
+    """
+    What stages 1 and 2 make of a video of scenes of equal length: sizes, no values.
+
+    Attributes:
+        num_tokens: Tokens that are left.
+        num_static, num_clusters: Of every segment.
+    """
+
+    num_tokens: int
+    num_static: list[int]
+    num_clusters: list[int]
+
+
+def plan_video(
+    settings, num_frames: int, tokens_per_frame: int, static_share: float = 0.6, scene_frames: int = 8
+) -> VideoPlan:
+    """
+    The sizes that stages 1 and 2 come to (section 3.2).
+
+    Args:
+        settings: [`HoliTomConfig`].
+        num_frames, tokens_per_frame: F and T.
+        static_share: Share of the tokens that repeat over their scene.
+        scene_frames: Frames of a scene; the last one may be shorter.
+    """
+    total = num_frames * tokens_per_frame
+    if not settings.has_outer_stage:
+        return VideoPlan(total, [], [])
+    if settings.outer_method != "holitom":
+        return VideoPlan(round(settings.retention_ratio * total), [], [])
+    lengths = [min(scene_frames, num_frames - start) for start in range(0, num_frames, scene_frames)]
+    num_static = [round(static_share * tokens_per_frame) if length > 1 else 0 for length in lengths]
+    gain = sum(n * (length - 1) for n, length in zip(num_static, lengths))
+    ratio = min(settings.retention_ratio * total / (total - gain), 1)
+    num_clusters = [round(n * ratio) for n in num_static]
+    dynamic = sum(length * math.ceil((tokens_per_frame - n) * ratio) for n, length in zip(num_static, lengths))
+    return VideoPlan(sum(num_clusters) + dynamic, num_static, num_clusters)
+
+
+def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, settings=None) -> ForwardFlops:
+    """
+    Operations of a prompt with one video, up to its first token.
+
+    Args:
+        config: [`HoliTomLlavaOnevisionConfig`].
+        num_frames: F.
+        num_text: Tokens of the prompt beside the video's (its newline is added here).
+        plan: From [`plan_video`], or as a video turned out.
+        settings: [`HoliTomConfig`]; default: the config's.
+    """
+    settings = settings or config.holitom_config
+    text = config.text_config
+    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
+    clusters_videos = settings.has_outer_stage and settings.outer_method == "holitom"
+    num_video = plan.num_tokens + 1
+    inner_layer, num_kept = None, num_video
+    if settings.has_inner_stage:
+        inner_layer, num_kept = settings.inner_merge_layer, num_inner_kept(num_video, settings.inner_merge_ratio)
+    layers = tokens_by_layer(num_video + num_text, num_kept + num_text, inner_layer, text.num_hidden_layers)
+    inner = 0.0
+    if inner_layer is not None:
+        videos = [(num_kept, num_video - num_kept)]
+        inner = inner_merging_flops(text, num_video + num_text, videos, settings.inner_method == "merge")
+    return ForwardFlops(
+        vision_tower=vision_tower_flops(config.vision_config, num_frames),
+        projector=projector_flops(config, num_frames),
+        importance=importance_flops(config.vision_config, num_frames) if settings.has_outer_stage else 0.0,
+        segmentation=segmentation_flops(num_frames, side**2, text.hidden_size) if clusters_videos else 0.0,
+        clustering=clustering_flops(plan.num_static, plan.num_clusters, text.hidden_size),
+        decoder=decoder_flops(text, layers),
+        inner_merging=inner,
+        output_layer=output_layer_flops(text),
+    )
+
+
+def compare_flops(
+    config, num_frames: int, num_text: int, static_share: float = 0.6
+) -> tuple[ForwardFlops, ForwardFlops, tuple[float, float]]:
+    """
+    Operations without and with a config's compression.
+
+    Args:
+        config: [`HoliTomLlavaOnevisionConfig`].
+        num_frames, num_text: As in [`forward_flops`].
+        static_share: As in [`plan_video`].
+
+    Returns:
+        Exact without, exact with, and both by the paper's formula: the decoder's, for the video's tokens alone, of
+        which exactly the share that is asked for is left.
+    """
+    settings, text = config.holitom_config, config.text_config
+    nothing = HoliTomConfig(outer_method="none", inner_method="none")
+    tokens_per_frame = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2) ** 2
+    exact = [
+        forward_flops(
+            config, num_frames, num_text, plan_video(chosen, num_frames, tokens_per_frame, static_share), chosen
+        )
+        for chosen in (nothing, settings)
+    ]
+    total, depth = num_frames * tokens_per_frame, text.num_hidden_layers
+    outer = inner = total * (settings.retention_ratio if settings.has_outer_stage else 1)
+    layer = settings.inner_merge_layer if settings.has_inner_stage else None
+    if layer is not None:
+        inner = outer * (1 - settings.inner_merge_ratio)
+    paper = [
+        prefill_flops(layers, text.hidden_size, text.intermediate_size)
+        for layers in ([total] * depth, tokens_by_layer(outer, inner, layer, depth))
+    ]
+    return exact[0], exact[1], (paper[0], paper[1])
