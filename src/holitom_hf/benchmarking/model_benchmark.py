@@ -207,7 +207,7 @@ def _calls(game: Contest, encoded, clip: Path, num_frames: int, new_tokens: int)
         def end_to_end(model=model):
             pixels = preprocess(processor.decode(str(clip))[0])
             inputs = game.inputs()
-            inputs["pixel_values_videos"] = pixels.expand_as(inputs["pixel_values_videos"])
+            inputs["pixel_values_videos"] = pixels.expand_as(inputs["pixel_values_videos"]).contiguous()
             _generate(model, inputs, new_tokens)
 
         calls[f"end_to_end {name}"] = end_to_end
