@@ -1,42 +1,34 @@
 """
-How long 32 frames of a 10-second, a 1-minute and a 10-minute clip take, by seeking and by decoding every frame.
+How long 32 frames of H.264 clips of 10 seconds, 1 minute and 10 minutes take: as holitom-hf reads them, by decoding
+every frame, and with torchcodec and decord where they are installed.
 
-    python examples/measure_decoding.py [--runs 5] [--keyframes 250]
+    python examples/measure_decoding.py [--runs 5] [--seconds 10 60 600]
 
-Writes H.264 clips of 1280x720 at 25 frames a second into a temporary folder and prints medians.
+Writes clips of 1280x720 at 25 frames a second into a temporary folder: a keyframe every 250 frames with and without
+frames that no other refers to (x264's presets veryfast and ultrafast), and one file with a single keyframe. Prints
+medians.
 """
 
 import argparse
-import statistics
+import importlib.util
 import tempfile
-import time
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
+from holitom_hf.benchmarking.measuring import Spread, alternate
+from holitom_hf.benchmarking.synthetic import write_clip
 from holitom_hf.video_decoding import read_video
 
 
-def write_clip(path: Path, seconds: int, keyframes: int, fps: int = 25, size: tuple[int, int] = (1280, 720)) -> None:
-    """A texture that scrolls, with noise: neither trivial to encode nor still."""
-    random = np.random.default_rng(0)
-    texture = random.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    options = {"preset": "ultrafast", "crf": "28", "x264-params": "scenecut=0"}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.gop_size = keyframes
-        for index in range(seconds * fps):
-            frame = av.VideoFrame.from_ndarray(np.roll(texture, 3 * index, axis=1), format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+NUM_FRAMES = 32
 
 
 def uniform(metadata) -> np.ndarray:
-    return np.linspace(0, metadata.total_num_frames - 1, 32, dtype=int)
+    return np.linspace(0, metadata.total_num_frames - 1, NUM_FRAMES, dtype=int)
 
 
 def decode_everything(path: Path) -> np.ndarray:
@@ -44,35 +36,48 @@ def decode_everything(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        wanted = set(np.linspace(0, stream.frames - 1, 32, dtype=int).tolist())
+        wanted = set(np.linspace(0, stream.frames - 1, NUM_FRAMES, dtype=int).tolist())
         return np.stack(
             [frame.to_ndarray(format="rgb24") for i, frame in enumerate(container.decode(stream)) if i in wanted]
         )
 
 
-def median_seconds(function, runs: int) -> float:
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def with_torchcodec(path: Path) -> torch.Tensor:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(str(path), seek_mode="approximate", num_ffmpeg_threads=0)
+    return decoder.get_frames_at(np.linspace(0, len(decoder) - 1, NUM_FRAMES, dtype=int).tolist()).data
+
+
+def with_decord(path: Path) -> np.ndarray:
+    import decord
+
+    reader = decord.VideoReader(str(path))
+    return reader.get_batch(np.linspace(0, len(reader) - 1, NUM_FRAMES, dtype=int).tolist()).asnumpy()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--keyframes", type=int, default=250, help="frames between two keyframes")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[10, 60, 600], help="lengths of the clips")
     arguments = parser.parse_args()
-    print("| clip | by seeking | every frame |")
-    print("| --- | --- | --- |")
+    readers = {"holitom-hf": lambda path: read_video(path, uniform), "every frame": decode_everything}
+    for name, reader in (("torchcodec", with_torchcodec), ("decord", with_decord)):
+        if importlib.util.find_spec(name):
+            readers[name] = reader
+    clips = [(seconds, 250, preset) for seconds in arguments.seconds for preset in ("veryfast", "ultrafast")]
+    clips.append((sorted(arguments.seconds)[len(arguments.seconds) // 2], 10**6, "veryfast"))
+    print("| clip | keyframe every | preset | " + " | ".join(readers) + " |")
+    print("| --- | --- | --- |" + " ---: |" * len(readers))
     with tempfile.TemporaryDirectory() as folder:
-        for seconds in (10, 60, 600):
-            path = Path(folder) / f"{seconds}.mp4"
-            write_clip(path, seconds, arguments.keyframes)
-            seeking = median_seconds(lambda path=path: read_video(path, uniform), arguments.runs)
-            plain = median_seconds(lambda path=path: decode_everything(path), min(2, arguments.runs))
-            print(f"| {seconds} s | {seeking:.2f} s | {plain:.2f} s |", flush=True)
+        for seconds, interval, preset in clips:
+            path = Path(folder) / "clip.mp4"
+            write_clip(path, seconds, interval, preset=preset)
+            calls = {name: partial(reader, path) for name, reader in readers.items()}
+            times = alternate(calls, torch.device("cpu"), arguments.runs)
+            medians = " | ".join(f"{Spread.of(values).median:.2f} s" for values in times.values())
+            every = f"{interval / 25:.0f} s" if interval < seconds * 25 else "only the first"
+            print(f"| {seconds:.0f} s | {every} | {preset} | {medians} |", flush=True)
 
 
 if __name__ == "__main__":

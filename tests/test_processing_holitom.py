@@ -47,6 +47,7 @@ class TestSampling:
     def test_32_frames_with_both_ends_by_default(self, processor, clips):
         outputs = processor.video_processor(clips[0], return_metadata=True, return_tensors="pt")
         assert outputs["pixel_values_videos"].shape == (1, 32, 3, 32, 32)
+        assert outputs["pixel_values_videos"].is_contiguous()
         assert sampled(outputs) == [np.linspace(0, 39, 32, dtype=int).tolist()]
 
     def test_a_number_of_frames_or_a_rate_may_be_asked_for(self, processor, clips):

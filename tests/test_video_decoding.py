@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from holitom_hf.video_decoding import read_video
+from holitom_hf.video_decoding import _VideoReader, read_video
 
 from .videos import join_streams, number_of, numbered_frame, write_audio, write_video
 
@@ -56,6 +56,33 @@ def test_the_pixels_are_those_of_a_plain_decoding(tmp_path):
     frames, metadata = read_video(path, uniform(8))
     expected = np.stack([plain[i] for i in metadata.frames_indices]).transpose(0, 3, 1, 2)
     assert (frames.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("gop", [40, 250])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_frames_that_nothing_refers_to_are_left_out_and_the_others_stay_exact(tmp_path, monkeypatch, codec, gop):
+    options = {"bf": "3", "b-pyramid": "normal", "x265-params": "log-level=none"}
+    options = {name: value for name, value in options.items() if ("x265" in name) == (codec == "libx265")}
+    path = write_video(tmp_path / "clip.mp4", 150, codec=codec, gop=gop, codec_options=options)
+    with av.open(str(path)) as container:
+        plain = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    decode, decoded = _VideoReader._decode, []
+
+    def spy(self, *args):
+        for stamp, frame in decode(self, *args):
+            decoded.append(stamp)
+            yield stamp, frame
+
+    monkeypatch.setattr(_VideoReader, "_decode", spy)
+    random = np.random.default_rng(0)
+    patterns = [np.linspace(0, 149, 8, dtype=int), np.array([149]), np.array([0, 1, 2, 70, 73])]
+    patterns += [np.sort(random.choice(150, count)) for count in (1, 2, 3, 5, 9, 20, 60)]
+    for indices in patterns:
+        decoded.clear()
+        frames, _ = read_video(path, lambda _, indices=indices: indices)
+        assert (frames.numpy() == plain[indices].transpose(0, 3, 1, 2)).all()
+        if len(indices) == 8:
+            assert len(decoded) < 120
 
 
 def test_a_variable_frame_rate_is_sampled_by_index(tmp_path):

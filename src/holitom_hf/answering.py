@@ -174,19 +174,25 @@ class Answerer:
         content = [{"type": "video"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         start = time.perf_counter()
-        features = self.processor(text=text, videos=video, num_frames=num_frames, return_tensors="pt")
+        features = self.processor(
+            text=text, videos=video, num_frames=num_frames, device=self._preprocessing_device(), return_tensors="pt"
+        )
         seconds = {"decode": time.perf_counter() - start}
         return PreparedQuestion(features, features["pixel_values_videos"].shape[1], seconds=seconds)
+
+    def _preprocessing_device(self) -> str | None:
+        """A GPU resizes and normalizes frames, too; the weights may follow later, so the options tell."""
+        device = "cuda" if self.device_map == "auto" else str(self.device_map[""])
+        return device if device.startswith("cuda") and torch.cuda.is_available() else None
 
     @torch.inference_mode()
     def encode(self, question: PreparedQuestion) -> None:
         """Sends the frames through the vision tower."""
         start = time.perf_counter()
-        question.features = question.features.to(self.model.device, self.model.dtype)
-        self.model.model.check_placeholders(question.features["input_ids"], question.features["pixel_values_videos"])
-        question.encoded = self.model.get_video_features(
-            question.features.pop("pixel_values_videos"), vision_batch_size=32, return_dict=True
-        )
+        pixels = question.features.pop("pixel_values_videos")
+        self.model.model.check_placeholders(question.features["input_ids"], pixels)
+        question.features = question.features.to(self.model.device)
+        question.encoded = self.model.get_video_features(pixels, return_dict=True)
         self._wait()
         question.seconds["encode"] = time.perf_counter() - start
 

@@ -130,6 +130,8 @@ class HoliTomVideoProcessor(LlavaOnevisionVideoProcessor):
     def _preprocess(self, videos, *args, return_tensors=None, **kwargs) -> BatchFeature:
         """Overrides BaseVideoProcessor._preprocess: videos of different numbers of frames stay a list."""
         features = super()._preprocess(videos, *args, return_tensors=None, **kwargs)
+        # Decoded frames have their colours last in memory; what callers `view` has them first.
+        features["pixel_values_videos"] = [video.contiguous() for video in features["pixel_values_videos"]]
         if len({video.shape for video in features["pixel_values_videos"]}) == 1:
             features.convert_to_tensors(return_tensors)
         return features

@@ -24,6 +24,7 @@ VideoFile = str | os.PathLike | bytes | io.IOBase
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 SEEK_MARGIN = 64  # frames before the first one that seeking may aim at
+SKIP_MARGIN = 2  # frames around a wanted one that are decoded in any case
 MISSING_SHARE = 0.1  # a video that ends this much before its header says is cut off
 
 
@@ -107,6 +108,7 @@ class _VideoReader:
         self.starts: dict[int, int] | None = None  # stamps at which decoding can start, and where to seek for them
         self.seek_distance = 2 * self.period  # without `starts`: what seeking has to save to be tried
         self.seek_margin = 0  # without `starts`: how far before a frame seeking must aim
+        self.wanted: list[int] | None = None  # stamps of the frames that will be asked for, ascending
 
         self.decoder = self._decode()
         self.stamp, self.frame = next(self.decoder, (None, None))
@@ -128,11 +130,14 @@ class _VideoReader:
 
     def frames_at(self, indices: np.ndarray) -> torch.Tensor:
         """(F, 3, H, W) uint8."""
-        pictures = {index: _picture(self._frame_at(self.stamps[index])) for index in sorted(set(indices.tolist()))}
-        shapes = {tuple(picture.shape[1:]) for picture in pictures.values()}
+        distinct = sorted(set(indices.tolist()))
+        self.wanted = [self.stamps[index] for index in distinct]
+        pictures = {index: _picture(self._frame_at(self.stamps[index])) for index in distinct}
+        shapes = {tuple(picture.shape[:2]) for picture in pictures.values()}
         if len(shapes) > 1:
             raise ValueError(f"{self.name} changes its size between frames ({shapes}): re-encode it to one size")
-        return torch.stack([pictures[index] for index in indices.tolist()])
+        # Colours last in memory, as they come out of the decoder: torchvision resizes that faster, too.
+        return torch.stack([pictures[index] for index in indices.tolist()]).permute(0, 3, 1, 2)
 
     def _address_by_index(self, index: list) -> None:
         times = [entry.timestamp for entry in index]
@@ -227,11 +232,22 @@ class _VideoReader:
 
     def _decode(self, count_from: int = 0):
         """Stamps and frames from where the container stands; broken data ends the video."""
+        number = count_from
         try:
-            for number, frame in enumerate(self.container.decode(self.stream), start=count_from):
-                yield number if self.is_counted else frame.pts, frame
+            for packet in self.container.demux(self.stream):
+                self.stream.codec_context.skip_frame = "NONREF" if self._is_skippable(packet.pts) else "DEFAULT"
+                for frame in packet.decode():
+                    yield number if self.is_counted else frame.pts, frame
+                    number += 1
         except (av.error.EOFError, av.error.InvalidDataError):
             return
+
+    def _is_skippable(self, stamp: int | None) -> bool:
+        """Whether a frame is far from all wanted ones, where frames have stamps: it is decoded only for others."""
+        if self.wanted is None or self.starts is None or self.is_counted or stamp is None:
+            return False
+        place = bisect.bisect_left(self.wanted, stamp - SKIP_MARGIN * self.period)
+        return place == len(self.wanted) or self.wanted[place] > stamp + SKIP_MARGIN * self.period
 
     def _evenly_spaced_stamps(self) -> list[int]:
         """Stamps of the frames between the first and the last, which are the only ones that are looked at."""
@@ -280,9 +296,10 @@ def _riff_size(source: str | io.IOBase) -> int:
 
 
 def _picture(frame: av.VideoFrame) -> torch.Tensor:
-    """(3, H, W) uint8, upright."""
-    picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return torch.rot90(picture, round(frame.rotation / 90) % 4, dims=(1, 2))  # counterclockwise, both
+    """(H, W, 3) uint8, upright."""
+    picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    quarters = round(frame.rotation / 90) % 4  # counterclockwise, as torch's
+    return torch.rot90(picture, quarters, dims=(0, 1)) if quarters else picture
 
 
 def _name_of(video: VideoFile) -> str:

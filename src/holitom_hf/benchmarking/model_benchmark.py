@@ -16,8 +16,10 @@ from ..savings import cache_bytes
 from ..temporal_segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
 from ..token_merging import merge_encoded_videos
 from ..vision_importance import vision_importance
+from .exact_flops import projector_flops, vision_tower_flops
 from .measuring import Spread, alternate, count_operations, count_waits, peak_bytes, seconds
 from .models import Contest, contest
+from .stage_benchmark import machine_limits
 from .synthetic import write_clip
 
 
@@ -40,6 +42,8 @@ class ModelResult:
         cache_bytes: Keys and values after the prompt, by model.
         peak_bytes: Most memory that a first token and a whole answer needed beyond weights and inputs, by model.
         operations: Launches and waits of what only ours does.
+        tower_share: Of the operations that the device multiplies large matrices with, what the vision tower and the
+            projector reach in ours.
         throughput: Largest batch that fitted and its tokens a second, by model; empty where not asked for.
     """
 
@@ -49,6 +53,7 @@ class ModelResult:
     cache_bytes: dict[str, int]
     peak_bytes: dict[str, dict[str, int | None]]
     operations: dict[str, int | None]
+    tower_share: float
     throughput: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def ratio(self, step: str) -> float:
@@ -118,6 +123,9 @@ def run_model_benchmark(
         step, model = name.split()
         steps.setdefault(step, {})[model] = Spread.of(values)
 
+    frames = num_frames * batch_size
+    tower_flops = vision_tower_flops(config.vision_config, frames) + projector_flops(config, frames)
+    limit = machine_limits(game.device, dtype).operations_per_second
     caches = {name: _prefill(model, game)["past_key_values"] for name, model in game.models.items()}
     record = caches["holitom"].compressed_sequence
 
@@ -141,6 +149,7 @@ def run_model_benchmark(
             "merging_launches": count_operations(own_work).launches,
             "merging_waits": count_waits(own_work) if game.device.type == "cuda" else None,
         },
+        tower_share=tower_flops / steps["vision_tower"]["holitom"].median / limit,
     )
     del caches, record
     if largest_batch:

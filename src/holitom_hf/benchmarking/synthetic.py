@@ -84,6 +84,7 @@ def write_clip(
     keyframe_interval: int = 250,
     fps: int = 25,
     size: tuple[int, int] = (1280, 720),
+    preset: str = "ultrafast",
 ) -> None:
     """
     Writes an H.264 clip of a texture that scrolls: neither trivial to encode nor still.
@@ -94,10 +95,11 @@ def write_clip(
         keyframe_interval: Frames between keyframes.
         fps: Frames a second.
         size: Width and height in pixels.
+        preset: Of x264. With "ultrafast" every frame is referred to by the next, with most others many by none.
     """
     random = np.random.default_rng(0)
     texture = random.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    options = {"preset": "ultrafast", "crf": "28", "x264-params": "scenecut=0"}
+    options = {"preset": preset, "crf": "28", "x264-params": "scenecut=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
