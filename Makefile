@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
+BENCH := .bench
 OLDEST_TRANSFORMERS := 5.21.0
 
-.PHONY: demo test test-oldest test-lmms-eval lint format clean
+.PHONY: bench demo test test-oldest test-lmms-eval lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'holitom-hf needs Python 3.10 or newer'"
@@ -33,6 +34,12 @@ test-lmms-eval:
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	.venv-lmms/bin/python -m pytest tests/test_lmms_eval.py
 
+# Before a release, on an idle machine: what got slower since the results in examples/benchmark, which were taken with two
+# threads. Copy $(BENCH)/* there to keep the new ones.
+bench: $(VENV)/.installed
+	$(BIN)/holitom-hf bench --threads 2 --rounds 9 --out $(BENCH)/model.json --compare examples/benchmark/model.json
+	$(BIN)/holitom-hf scaling $(BENCH) --threads 2 --compare examples/benchmark/scaling.json
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +49,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) build dist
+	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) $(BENCH) build dist

@@ -246,6 +246,6 @@ def test_the_floor_is_the_work_that_cannot_be_left_out():
     result = run_stage_benchmark(settings(retention_ratio=0.5), 4, 100, 64, 0.5, limits=LIMITS, rounds=1)
     # Reading 4 x 100 x 64 float32 once takes longer than three products for each value.
     assert result.floor["similarity"] == pytest.approx(4 * 100 * 64 * 4 / 1e10)
-    # 50 static tokens over 4 frames are read again, the output is read and written.
+    # 50 static tokens over 4 frames are read again; what is kept is read and written.
     moved = 4 * (4 * 100 + 50 * 4 + 2 * result.num_tokens) * 64
     assert result.floor["stages 1+2"] == pytest.approx(moved / 1e10, rel=0.05)

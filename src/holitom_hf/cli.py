@@ -191,11 +191,7 @@ def visualize(
         except ModuleNotFoundError as error:
             raise ImportError(f"pictures need {error.name}: pip install 'holitom-hf[plots]'") from error
         write = writer_for(out)
-        quiet()
-        from .answering import Answerer
-
-        answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
-        answerer.load_model()
+        answerer = _loaded(model, settings, retention_ratio, device, dtype)
         view = view_merging(answerer, video, frames)
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".holitom.") as folder:
@@ -224,11 +220,7 @@ def demo(
             from .web_demo import LAUNCH_OPTIONS, build_app
         except ModuleNotFoundError as error:
             raise ImportError(f"the web page needs {error.name}: pip install 'holitom-hf[demo]'") from error
-        quiet()
-        from .answering import Answerer
-
-        answerer = Answerer(model_name(model), settings, device=device, dtype=dtype)
-        answerer.load_model()
+        answerer = _loaded(model, settings, None, device, dtype)
         page = build_app(answerer, BUNDLED_ABOUT if model == BUNDLED_NAME else "")
         page.launch(server_name=host, server_port=port, **LAUNCH_OPTIONS)
 
@@ -253,11 +245,7 @@ def serve(
             from .serving import build_app
         except ImportError as error:
             raise ImportError(f"serving needs more ({error}): pip install 'holitom-hf[serving]'") from error
-        quiet()
-        from .answering import Answerer
-
-        answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
-        answerer.load_model()
+        answerer = _loaded(model, settings, retention_ratio, device, dtype)
         uvicorn.run(build_app(answerer, model, frames), host=host, port=port)
 
 
@@ -289,6 +277,16 @@ def convert(
             Path(folder).mkdir()
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         print(f"Wrote {out} ({size / 2**20:.2f} MiB) in {time.perf_counter() - start:.1f} s.")
+
+
+def _loaded(model: str, settings, retention_ratio: float | None, device: str, dtype: str):
+    """An `Answerer` with its weights."""
+    quiet()
+    from .answering import Answerer
+
+    answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+    answerer.load_model()
+    return answerer
 
 
 def _end_with_launcher() -> None:

@@ -226,9 +226,11 @@ def scaling(
                 rounds,
                 progress_bar("Measuring"),
             )
+            usual = next(r for r in results if r.num_frames == min(32, max(r.num_frames for r in results)))
             table = growth.scaling_table(results) + (
                 f"\n\nThis machine reads {limits.bytes_per_second / 1e9:.1f} GB/s and multiplies "
-                f"{limits.operations_per_second / 1e9:.0f} GFLOP/s in float32."
+                f"{limits.operations_per_second / 1e9:.0f} GFLOP/s in float32. At {usual.num_frames} frames:\n\n"
+                + growth.roofline_table(usual)
             )
             print(table)
             _finish(out / "scaling.json", old, machine(place), results)

@@ -24,6 +24,7 @@ VideoFile = str | os.PathLike | bytes | io.IOBase
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 SEEK_MARGIN = 64  # frames before the first one that seeking may aim at
+SEEK_COST = 12  # frames that are decoded in the time that seeking takes: the decoder's threads start anew
 SKIP_MARGIN = 2  # frames around a wanted one that are decoded in any case
 MISSING_SHARE = 0.1  # a video that ends this much before its header says is cut off
 
@@ -173,12 +174,12 @@ class _VideoReader:
         return self.frame
 
     def _is_worth_seeking(self, stamp: int, slack: int) -> bool:
-        """Whether decoding can start between here and there; else going on is never slower."""
+        """Whether decoding can start so far ahead of here that it pays; else going on is never slower."""
         if stamp < self.stamp - slack:
             return True
         if self.starts is not None:
             start = self._start_before(stamp)
-            return start is not None and start > self.stamp
+            return start is not None and start > self.stamp + SEEK_COST * self.period
         return not self.is_counted and stamp - self.stamp > self.seek_distance
 
     def _start_before(self, stamp: int) -> int | None:

@@ -108,6 +108,20 @@ def scaling_table(results: Sequence[StageResult]) -> str:
     return "\n".join(rows)
 
 
+def roofline_table(result: StageResult) -> str:
+    """What each stage must move and compute, what it takes, and the share of the machine's speed that it reaches."""
+    rows = ["| stage | bytes | operations | limit | measured | share | launches | waits |"]
+    rows += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for stage in STAGES:
+        floor, taken, counts = result.floor[stage], result.seconds[stage].median, result.operations[stage]
+        # The one transfer of stage 1's table can't be seen on a CPU.
+        waits = counts.waits + (stage in ("segmentation", "stages 1+2"))
+        work = f"{result.least_bytes[stage] / 2**20:.1f} MiB | {result.least_operations[stage] / 1e6:.0f} M"
+        times = f"{milliseconds(floor)} | {milliseconds(taken)} | {floor / taken:.0%}"
+        rows.append(f"| {stage} | {work} | {times} | {counts.launches} | {waits} |")
+    return "\n".join(rows)
+
+
 def plot_scaling(results: Sequence[StageResult], path: Path) -> None:
     """Writes a picture: time against frames, memory against frames, time against batch and retention."""
     from matplotlib.figure import Figure

@@ -26,8 +26,9 @@ class StageResult:
         retention_ratio, static_share, batch_size: What was asked for.
         num_tokens: Tokens that stages 1 and 2 left of a video.
         seconds: By stage. `segmentation` holds `similarity`, `stages 1+2` both.
-        floor: By stage, seconds in which the machine could move the bytes or do the operations that it can't do
-            without, whichever takes longer.
+        least_bytes, least_operations: By stage, what no implementation can do without: each input read and each
+            output written once.
+        floor: By stage, seconds that the machine needs for them, whichever takes longer.
         peak_bytes: Most memory of stages 1+2 beyond their input; `None` where it can't be told.
         operations: Launches and waits by stage, for one video.
     """
@@ -40,6 +41,8 @@ class StageResult:
     batch_size: int
     num_tokens: int
     seconds: dict[str, Spread]
+    least_bytes: dict[str, float]
+    least_operations: dict[str, float]
     floor: dict[str, float]
     peak_bytes: int | None
     operations: dict[str, OperationCounts]
@@ -134,6 +137,7 @@ def run_stage_benchmark(
     calls = {name: repeated(function) for name, function in single.items()} | {"compaction": compaction}
     times = alternate(calls, device, rounds, warmup=2)
     peak = peak_bytes(calls["stages 1+2"], device)
+    least_bytes, least_operations = _least_work(features, merged, settings)
     return StageResult(
         num_frames=num_frames,
         tokens_per_frame=tokens_per_frame,
@@ -143,9 +147,12 @@ def run_stage_benchmark(
         batch_size=batch_size,
         num_tokens=merged.num_tokens,
         seconds={stage: Spread.of(times[stage]) for stage in STAGES},
+        least_bytes={stage: batch_size * least_bytes[stage] for stage in STAGES},
+        least_operations={stage: batch_size * least_operations[stage] for stage in STAGES},
         floor={
-            stage: batch_size * max(moved / limits.bytes_per_second, operations / limits.operations_per_second)
-            for stage, (moved, operations) in _least_work(features, merged, settings).items()
+            stage: batch_size
+            * max(least_bytes[stage] / limits.bytes_per_second, least_operations[stage] / limits.operations_per_second)
+            for stage in STAGES
         },
         peak_bytes=peak,
         operations={
@@ -154,8 +161,8 @@ def run_stage_benchmark(
     )
 
 
-def _least_work(features: torch.Tensor, merged, settings: HoliTomConfig) -> dict[str, tuple[float, float]]:
-    """Bytes and operations by stage that no implementation can do without, each input read once."""
+def _least_work(features: torch.Tensor, merged, settings: HoliTomConfig) -> tuple[dict, dict]:
+    """Bytes and operations by stage, for one video."""
     num_frames, tokens_per_frame, dim = features.shape
     token_bytes = dim * features.element_size()
     num_inputs, num_outputs = num_frames * tokens_per_frame, merged.num_tokens
@@ -163,19 +170,23 @@ def _least_work(features: torch.Tensor, merged, settings: HoliTomConfig) -> dict
     is_static = merged.kind[merged.assignment] == TokenKind.STATIC  # (F, T), wrong where assignment is -1
     sizes = [int((is_static[start] & (merged.assignment[start] >= 0)).sum()) for start, _ in segments]
     clusters = [int(((merged.kind == TokenKind.STATIC) & (merged.frame == start)).sum()) for start, _ in segments]
+    # Static tokens are read a second time: which they are is not known before all are compared.
     averaged = sum(size * length for size, (_, length) in zip(sizes, segments))
-    similarity = (num_inputs * token_bytes, 6 * num_inputs * dim)
-    clustering = sum(n * n + 2 * n * m for n, m in zip(sizes, clusters)) * dim  # distances are symmetric
-    merging = (
-        (num_inputs + averaged + 2 * num_outputs) * token_bytes,
-        similarity[1] + averaged * dim + clustering,
-    )
     kept = round(num_outputs * (1 - settings.inner_merge_ratio))
-    inner = ((num_outputs + kept) * token_bytes, 2 * kept * (num_outputs - kept) * dim)
-    return {
-        "similarity": similarity,
-        "segmentation": similarity,
-        "stages 1+2": merging,
-        "compaction": (2 * num_outputs * token_bytes, 0.0),
-        "stage 3": inner,
+    comparing = 2 * dim * tokens_per_frame * (2 * num_frames - 1)
+    clustering = sum(n * n + 2 * n * m for n, m in zip(sizes, clusters)) * dim  # distances are symmetric
+    least_bytes = {
+        "similarity": num_inputs * token_bytes,
+        "segmentation": num_inputs * token_bytes,
+        "stages 1+2": (num_inputs + averaged + 2 * num_outputs) * token_bytes,
+        "compaction": 2 * num_outputs * token_bytes,
+        "stage 3": (num_outputs + kept) * token_bytes,
     }
+    least_operations = {
+        "similarity": comparing,
+        "segmentation": comparing,
+        "stages 1+2": comparing + averaged * dim + clustering,
+        "compaction": 0,
+        "stage 3": 2 * kept * (num_outputs - kept) * dim,
+    }
+    return least_bytes, least_operations
