@@ -155,6 +155,8 @@ def test_bench_measures_every_step_of_both_models(bench_files):
     assert {step for step, by_model in result["steps"].items() if set(by_model) == {"plain", "holitom"}} == both
     assert {step for step, by_model in result["steps"].items() if set(by_model) == {"holitom"}} == own
     assert all(entry["count"] == 2 for by_model in result["steps"].values() for entry in by_model.values())
+    for answer in result["steps"]["answer"].values():
+        assert answer["lower"] > 0
     outer, inner = result["tokens"]["outer"], result["tokens"]["inner"]
     assert result["tokens"]["plain"] == 2 * 196 + 1 + 34
     assert inner < outer < 0.15 * result["tokens"]["plain"] + 34
@@ -189,6 +191,7 @@ def test_bench_compares_with_an_earlier_result(bench_files):
         (["bench", "--device", "abacus"], "there is no device 'abacus'"),
         (["bench", "--compare", "nowhere.json"], "nowhere.json"),
         (["flops", "--model", "7b", "--retention-ratio", "0"], "retention_ratio"),
+        (["scaling", "nowhere", "--frames", "8"], "growth needs two or more numbers of frames"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message):

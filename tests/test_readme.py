@@ -61,6 +61,8 @@ def test_the_commands_run(demo, tmp_path, monkeypatch):
             arguments += ["--max-new-tokens", "3"]
         if arguments[0] in ("questions", "evaluate"):
             arguments += ["--num-questions", "3"]
+        if arguments[0] == "bench":
+            arguments += ["--frames", "2", "--rounds", "1", "--new-tokens", "2"]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.stderr
 

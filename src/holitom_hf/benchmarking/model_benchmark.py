@@ -1,6 +1,7 @@
 """Upstream's class against ours, step by step, in one process."""
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 from ..compaction import compact_prompt
 from ..configuration_holitom import HoliTomLlavaOnevisionConfig
@@ -17,7 +19,7 @@ from ..temporal_segmentation import choose_segments, count_static_tokens, frame_
 from ..token_merging import merge_encoded_videos
 from ..vision_importance import vision_importance
 from .exact_flops import projector_flops, vision_tower_flops
-from .measuring import Spread, alternate, count_operations, count_waits, peak_bytes, seconds
+from .measuring import Spread, alternate, count_operations, count_waits, peak_bytes, seconds, wait_for
 from .models import Contest, contest
 from .stage_benchmark import machine_limits
 from .synthetic import write_clip
@@ -112,12 +114,14 @@ def run_model_benchmark(
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         write_clip(clip, max(CLIP_SECONDS, num_frames / 25))
-        calls = _calls(game, encoded, clip, num_frames, new_tokens)
+        clocks = {name: _Stopwatch(game.device) for name in game.models}
+        calls = _calls(game, encoded, clip, num_frames, new_tokens, clocks)
         times = alternate(calls, game.device, rounds, progress=progress)
-    # Not steps of their own, but what is left of two that were measured in the same round.
-    times["merging holitom"] = _differences(times["merging holitom"], times["segmentation holitom"])
-    for model in game.models:
-        times[f"answer {model}"] = _differences(times[f"answer {model}"], times[f"first_token {model}"])
+    # What is left of stages 1 and 2 besides the segmentation of the same round.
+    pairs = zip(times["merging holitom"], times["segmentation holitom"])
+    times["merging holitom"] = [max(0.0, both - first) for both, first in pairs]
+    for name, clock in clocks.items():
+        times[f"answer {name}"] = clock.after_first[-rounds:]
     steps = {}
     for name, values in times.items():
         step, model = name.split()
@@ -159,7 +163,29 @@ def run_model_benchmark(
     return result
 
 
-def _calls(game: Contest, encoded, clip: Path, num_frames: int, new_tokens: int) -> dict[str, Callable]:
+class _Stopwatch(BaseStreamer):
+    """Seconds that the tokens after the first took, answer by answer."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.num_puts, self.after_first = device, 0, []
+
+    def put(self, value):
+        """Overrides BaseStreamer.put: the first call brings the prompt, the second the first token."""
+        self.num_puts += 1
+        if self.num_puts == 2:
+            wait_for(self.device)
+            self.start = time.perf_counter()
+
+    def end(self):
+        """Overrides BaseStreamer.end."""
+        wait_for(self.device)
+        self.after_first.append(time.perf_counter() - self.start)
+        self.num_puts = 0
+
+
+def _calls(
+    game: Contest, encoded, clip: Path, num_frames: int, new_tokens: int, clocks: dict[str, _Stopwatch]
+) -> dict[str, Callable]:
     """The steps as functions, in the order in which they take turns."""
     processor = HoliTomVideoProcessor(num_frames=num_frames)
     size = game.pixels.shape[-1]
@@ -211,7 +237,7 @@ def _calls(game: Contest, encoded, clip: Path, num_frames: int, new_tokens: int)
         calls[f"vision_tower {name}"] = _vision_call(model, game)
         calls[f"prefill {name}"] = replay
         calls[f"first_token {name}"] = lambda model=model: _prefill(model, game)
-        calls[f"answer {name}"] = lambda model=model: _generate(model, game.inputs(), new_tokens)
+        calls[f"answer {name}"] = partial(_generate, model, game.inputs(), new_tokens, clocks[name])
 
         def end_to_end(model=model):
             pixels = preprocess(processor.decode(str(clip))[0])
@@ -247,8 +273,9 @@ def _prefill(model, game: Contest):
     return model(**game.inputs(), logits_to_keep=1, use_cache=True)
 
 
-def _generate(model, inputs: dict[str, torch.Tensor], new_tokens: int) -> None:
-    model.generate(**inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+def _generate(model, inputs: dict[str, torch.Tensor], new_tokens: int, streamer: BaseStreamer | None = None) -> None:
+    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    model.generate(**inputs, **length, do_sample=False, pad_token_id=0, streamer=streamer)
 
 
 def _merge(game: Contest, encoded):
@@ -280,7 +307,3 @@ def _throughput(game: Contest, model, new_tokens: int, largest: int) -> dict[str
     if game.device.type == "cuda":
         torch.cuda.empty_cache()
     return best
-
-
-def _differences(longer: list[float], shorter: list[float]) -> list[float]:
-    return [max(0.0, a - b) for a, b in zip(longer, shorter)]

@@ -46,7 +46,12 @@ def run_scaling(
         frames, batch_sizes, retention_ratios: What is tried; batch and retention at 32 frames.
         rounds: How often each stage is measured; the largest videos half as often.
         progress: Wraps the runs, as a progress bar does.
+
+    Raises:
+        ValueError: If there are fewer than two numbers of frames, or one is below 2.
     """
+    if len(set(frames)) < 2 or min(frames) < 2:
+        raise ValueError(f"growth needs two or more numbers of frames, each at least 2, got {list(frames)}")
     runs = [(settings, count, 1) for count in frames]
     runs += [(settings, min(32, max(frames)), size) for size in batch_sizes if size > 1]
     runs += [
@@ -123,51 +128,40 @@ def roofline_table(result: StageResult) -> str:
 
 
 def plot_scaling(results: Sequence[StageResult], path: Path) -> None:
-    """Writes a picture: time against frames, memory against frames, time against batch and retention."""
+    """Writes a picture: time and memory against frames, batch and retention."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2)
+    usual = results[0].retention_ratio
     series = sorted(over_frames(results), key=lambda r: r.num_frames)
-    frames = [r.num_frames for r in series]
-    for stage in STAGES:
-        times = [1000 * r.seconds[stage].median for r in series]
-        axes[0, 0].plot(frames, times, marker="o", label=f"{stage}: F^{growth(results, stage):.2f}")
-    floor = [1000 * r.floor["stages 1+2"] for r in series]
-    axes[0, 0].plot(frames, floor, color="black", linestyle=":", label="limit of the machine, stages 1+2")
-    axes[0, 0].set(xscale="log", yscale="log", xlabel="frames F", ylabel="ms", title="time against frames")
-    axes[0, 0].legend(fontsize=8)
-
-    memory = [(r.num_frames, r.peak_bytes / 2**20) for r in series if r.peak_bytes is not None]
-    if memory:
-        axes[0, 1].plot(*zip(*memory), marker="o", label="stages 1+2, beyond the input")
-    item = 4
-    inputs = [r.num_frames * r.tokens_per_frame * r.dim * item / 2**20 for r in series]
-    axes[0, 1].plot(frames, inputs, color="black", linestyle=":", label="the input, float32")
-    axes[0, 1].set(xscale="log", yscale="log", xlabel="frames F", ylabel="MiB", title="memory against frames")
-    axes[0, 1].legend(fontsize=8)
-
-    usual = series[0].retention_ratio
-    at = next(r.num_frames for r in results if r.batch_size > 1 or r.retention_ratio != usual)
-    batches = sorted(
-        (r for r in results if r.num_frames == at and r.retention_ratio == usual), key=lambda r: r.batch_size
+    others = [r.num_frames for r in results if r.batch_size > 1 or r.retention_ratio != usual]
+    at = others[0] if others else series[-1].num_frames
+    there = [r for r in results if r.num_frames == at]
+    batches = sorted((r for r in there if r.retention_ratio == usual), key=lambda r: r.batch_size)
+    ratios = sorted((r for r in there if r.batch_size == 1), key=lambda r: r.retention_ratio)
+    columns = (
+        (series, "num_frames", "frames", f"one video, R = {usual:.0%}"),
+        (batches, "batch_size", "videos", f"videos of {at} frames, R = {usual:.0%}"),
+        (ratios, "retention_ratio", "retention ratio R", f"one video of {at} frames"),
     )
-    ratios = sorted((r for r in results if r.num_frames == at and r.batch_size == 1), key=lambda r: r.retention_ratio)
-    for stage in STAGES:
-        axes[1, 0].plot(
-            [r.batch_size for r in batches], [1000 * r.seconds[stage].median for r in batches], marker="o", label=stage
-        )
-        axes[1, 1].plot(
-            [r.retention_ratio for r in ratios],
-            [1000 * r.seconds[stage].median for r in ratios],
-            marker="o",
-            label=stage,
-        )
-    axes[1, 0].set(xlabel=f"videos of {at} frames", ylabel="ms", title="time against batch")
-    axes[1, 1].set(xlabel="retention ratio R", ylabel="ms", title=f"time against retention, {at} frames")
-    axes[1, 0].legend(fontsize=8)
-    axes[1, 1].legend(fontsize=8)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    for (above, below), (runs, name, label, title) in zip(figure.subplots(2, 3).T, columns):
+        x = [getattr(r, name) for r in runs]
+        for stage in STAGES:
+            text = f"{stage}: F^{growth(results, stage):.2f}" if runs is series else stage
+            above.plot(x, [1000 * r.seconds[stage].median for r in runs], marker="o", label=text)
+        floor = [1000 * r.floor["stages 1+2"] for r in runs]
+        above.plot(x, floor, color="black", linestyle=":", label="the machine's limit, stages 1+2")
+        above.set(title=title, xlabel=label, ylabel="ms")
+        memory = [(value, r.peak_bytes / 2**20) for value, r in zip(x, runs) if r.peak_bytes is not None]
+        if memory:
+            below.plot(*zip(*memory), marker="o", label="stages 1+2, beyond the input")
+        inputs = [r.batch_size * r.num_frames * r.tokens_per_frame * r.dim * 4 / 2**20 for r in runs]
+        below.plot(x, inputs, color="black", linestyle=":", label="the input in float32")
+        below.set(xlabel=label, ylabel="MiB")
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+            if runs is series:
+                axis.set(xscale="log", yscale="log")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
