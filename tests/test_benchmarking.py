@@ -121,6 +121,14 @@ def test_a_comparison_names_what_got_worse_and_nothing_else():
     ]
 
 
+def test_peaks_are_larger_only_by_more_than_a_system_hands_out_at_once():
+    old, size = record({"one": 1.0}, peak_bytes=2**30), 2**30
+    assert compare(old, record({"one": 1.0}, peak_bytes=size + 50 * 2**20)) == []
+    assert compare(old, record({"one": 1.0}, peak_bytes=size + 60 * 2**20)) == [
+        "LARGER peak_bytes: 1.00 GiB -> 1.06 GiB"
+    ]
+
+
 def test_a_slower_machine_is_told_from_a_slower_step():
     old = record({"one": 1.0, "two": 2.0, "three": 3.0})
     new = record({"one": 1.5, "two": 4.5, "three": 4.5})

@@ -70,3 +70,9 @@ def test_a_compiled_tower_gives_the_same_features(model):
             tower._compiled_call_impl = None
     torch.testing.assert_close(compiled.pooler_output, plain.pooler_output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(compiled.importance[0], plain.importance[0], atol=1e-6, rtol=1e-5)
+
+
+def test_pixels_whose_sum_overflows_are_finite_all_the_same(model):
+    model.model._check_finite(torch.full((2, 3, 32, 32), 3e38), [2])
+    with pytest.raises(ValueError, match="video 1 has NaN or infinite pixels in frame 0"):
+        model.model._check_finite(torch.tensor([1.0, torch.inf, -torch.inf]).view(3, 1), [1, 2])
