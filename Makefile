@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m holitom_hf.demo $(DEMO)
+	$(BIN)/python -m holitom_hf.apps.demo $(DEMO)
 	$(BIN)/holitom-hf answer $(DEMO)/clip.mp4 "How many shapes are there?"
 
 test: $(VENV)/.installed

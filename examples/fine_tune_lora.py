@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments, logging
 
 from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
 from holitom_hf.bundled import BUNDLED_MODEL
-from holitom_hf.video_questions import DrawnVideoQuestions
+from holitom_hf.bundled.questions import DrawnVideoQuestions
 
 
 TYPES = ("motion", "change", "count")

@@ -21,7 +21,7 @@ import torch
 
 from holitom_hf.benchmarking.measuring import Spread, alternate
 from holitom_hf.benchmarking.synthetic import write_clip
-from holitom_hf.video_decoding import read_video
+from holitom_hf.video.decoding import read_video
 
 
 NUM_FRAMES = 32

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
+from holitom_hf.apps.demo import write_clip
 from holitom_hf.bundled import BUNDLED_MODEL
-from holitom_hf.demo import write_clip
 
 
 def main(video: str | None = None, name: str = str(BUNDLED_MODEL)) -> None:

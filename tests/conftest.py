@@ -7,8 +7,8 @@ from hypothesis import settings as hypothesis_settings
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
-from holitom_hf.demo import write_clip
-from holitom_hf.tiny_model import tiny_model, tiny_processor
+from holitom_hf.apps.demo import write_clip
+from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
 
 from .reference import PlainModel
 

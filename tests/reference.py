@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -155,7 +155,7 @@ class PlainModel:
     """Upstream's weights, run without a cache on one row at a time, compressed by the loops above."""
 
     def __init__(self, model):
-        config = type(model.config).__mro__[1](**model.config.to_dict())
+        config = LlavaOnevisionConfig(**model.config.to_dict())
         config.holitom_config = config.auto_map = None
         self.upstream = LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="eager")
         self.upstream.load_state_dict(model.state_dict())

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from holitom_hf import HoliTomConfig
-from holitom_hf.cli import app
+from holitom_hf.apps.command_line.app import app
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -2,9 +2,9 @@
 
 import os
 
-from holitom_hf.answering import Answerer
+from holitom_hf.answering.answerer import Answerer
+from holitom_hf.apps.web_page import LAUNCH_OPTIONS, build_app
 from holitom_hf.bundled import BUNDLED_ABOUT, BUNDLED_NAME, model_name
-from holitom_hf.web_demo import LAUNCH_OPTIONS, build_app
 
 
 name = os.environ.get("HOLITOM_MODEL", BUNDLED_NAME)

@@ -1,32 +1,33 @@
 """HoliTom, holistic token merging for video LLMs (NeurIPS 2025), as a native part of transformers."""
 
-from transformers.pipelines import PIPELINE_REGISTRY
+import importlib
 
-from .configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
-from .modeling_holitom import (
-    HoliTomLlavaOnevisionForConditionalGeneration,
-    HoliTomLlavaOnevisionModel,
-    HoliTomQwen2Model,
-)
-from .pipeline_holitom import VideoTextToTextPipeline
-from .processing_holitom import HoliTomProcessor, HoliTomVideoProcessor
+from .models.pipeline_task import register_when_pipelines_are_imported
+from .models.registry import backbones
 
 
-__version__ = "0.1.0"
-__all__ = [
-    "HoliTomConfig",
-    "HoliTomLlavaOnevisionConfig",
-    "HoliTomLlavaOnevisionForConditionalGeneration",
-    "HoliTomLlavaOnevisionModel",
-    "HoliTomProcessor",
-    "HoliTomQwen2Model",
-    "HoliTomVideoProcessor",
-    "VideoTextToTextPipeline",
-]
+__version__ = "0.2.0"
 
-PIPELINE_REGISTRY.register_pipeline(
-    "video-text-to-text",
-    pipeline_class=VideoTextToTextPipeline,
-    pt_model=HoliTomLlavaOnevisionForConditionalGeneration,
-    type="multimodal",
-)
+# Where the public names are. Nothing of torch or transformers is imported before one of them is asked for (PEP 562).
+_MODULE_OF = {
+    "HoliTomConfig": "configuration",
+    "HoliTomQwen2Model": "models.llava_onevision.modeling",
+    "VideoTextToTextPipeline": "models.pipeline",
+} | {name: module for backbone in backbones().values() for name, module in backbone.public_names().items()}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_pipelines_are_imported()

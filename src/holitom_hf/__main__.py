@@ -1,6 +1,6 @@
 """`python -m holitom_hf` is `holitom-hf`."""
 
-from .cli import app
+from .apps.command_line.app import app
 
 
 if __name__ == "__main__":

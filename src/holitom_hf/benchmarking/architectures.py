@@ -1,6 +1,7 @@
 """The sizes of LLaVA-OneVision by name, so that speed can be measured without weights."""
 
-from ..configuration_holitom import HoliTomConfig, HoliTomLlavaOnevisionConfig
+from ..configuration import HoliTomConfig
+from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
 
 
 # Of Qwen2 in the checkpoints llava-hf/llava-onevision-qwen2-*-ov-hf.

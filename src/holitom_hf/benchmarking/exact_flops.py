@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..configuration_holitom import HoliTomConfig
-from ..flops import prefill_flops, tokens_by_layer
-from ..inner_merging import num_inner_kept
+from ..configuration import HoliTomConfig
+from ..merging.flops import prefill_flops, tokens_by_layer
+from ..merging.inner import num_inner_kept
 
 
 @dataclass

@@ -11,13 +11,13 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from ..compaction import compact_prompt
-from ..configuration_holitom import HoliTomLlavaOnevisionConfig
-from ..processing_holitom import HoliTomVideoProcessor
-from ..savings import cache_bytes
-from ..temporal_segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
-from ..token_merging import merge_encoded_videos
-from ..vision_importance import vision_importance
+from ..answering.savings import cache_bytes
+from ..merging.outer import merge_videos
+from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
+from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+from ..models.llava_onevision.processing import HoliTomVideoProcessor
+from ..models.vision_importance import vision_importance
+from ..sequence.compaction import compact_prompt
 from .exact_flops import projector_flops, vision_tower_flops
 from .measuring import Spread, alternate, count_operations, count_waits, peak_bytes, seconds, wait_for
 from .models import Contest, contest
@@ -198,11 +198,11 @@ def _calls(
         ]
         return pixels.to(game.device, game.pixels.dtype)
 
-    hidden_index, layer = ours.model._importance_layer([ours.config.vision_feature_layer])
+    hidden_index, layer = ours.model.importance_layer([ours.config.vision_feature_layer])
     hidden = torch.cat(
         [
             ours.model.vision_tower(chunk, output_hidden_states=True).hidden_states[hidden_index]
-            for chunk in game.pixels.flatten(0, 1).split(ours.model._frames_at_once(game.pixels.shape[1]))
+            for chunk in game.pixels.flatten(0, 1).split(ours.model.frames_per_chunk(game.pixels.shape[1]))
         ]
     )
     per_frame = (len(encoded.pooler_output[0]) - 1) // num_frames
@@ -280,11 +280,8 @@ def _generate(model, inputs: dict[str, torch.Tensor], new_tokens: int, streamer:
 
 def _merge(game: Contest, encoded):
     """Stages 1 and 2 of all videos."""
-    config = game.models["holitom"].config
-    per_frame = (len(encoded.pooler_output[0]) - 1) // game.pixels.shape[1]
-    return merge_encoded_videos(
-        list(encoded.pooler_output), encoded.importance, None, per_frame, config.holitom_config
-    )
+    model = game.models["holitom"]
+    return merge_videos(model.model.video_tokens(encoded), model.config.holitom_config)
 
 
 def _throughput(game: Contest, model, new_tokens: int, largest: int) -> dict[str, float]:

@@ -7,8 +7,8 @@ import torch
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration_holitom import HoliTomLlavaOnevisionConfig
-from ..modeling_holitom import HoliTomLlavaOnevisionForConditionalGeneration
+from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
 from .synthetic import SyntheticProjector, synthetic_features
 
 

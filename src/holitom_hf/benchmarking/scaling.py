@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..configuration_holitom import HoliTomConfig
+from ..configuration import HoliTomConfig
 from .report import milliseconds
 from .stage_benchmark import STAGES, MachineLimits, StageResult, run_stage_benchmark
 

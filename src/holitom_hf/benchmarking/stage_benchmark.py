@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compaction import compact_prompt
-from ..configuration_holitom import HoliTomConfig
-from ..inner_merging import merge_hidden_states
-from ..temporal_segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
-from ..token_merging import TokenKind, merge_video_tokens
+from ..configuration import HoliTomConfig
+from ..merging.inner import merge_hidden_states
+from ..merging.merged_video import TokenKind
+from ..merging.outer import merge_video_tokens
+from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
+from ..sequence.compaction import compact_prompt
 from .measuring import OperationCounts, Spread, alternate, count_operations, peak_bytes
 from .synthetic import synthetic_features
 

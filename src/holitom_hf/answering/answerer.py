@@ -1,0 +1,255 @@
+"""One question about one video, step by step, with what each step took."""
+
+import contextlib
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from transformers import BatchFeature, TextStreamer
+
+from ..configuration import HoliTomConfig
+from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
+from ..models.llava_onevision.processing import HoliTomProcessor
+from .savings import cache_bytes, row_savings
+
+
+@dataclass
+class PreparedQuestion:
+    """
+    A question on its way to the model.
+
+    Attributes:
+        features: What the processor made of it; its pixels are replaced by `encoded` once they went through the tower.
+        num_frames: Number of frames.
+        encoded: The video's features at full length.
+        seconds: What each step took so far.
+    """
+
+    features: BatchFeature
+    num_frames: int
+    encoded: object | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """
+    An answer, and what it took.
+
+    Attributes:
+        text: The answer.
+        prompt_length: Tokens of the uncompressed prompt.
+        num_frames: Frames of the video.
+        num_segments: Segments that stage 1 found.
+        visual_tokens_before: Video tokens of the uncompressed model, the newline included.
+        visual_tokens_outer: Those left by stages 1 and 2.
+        visual_tokens_inner: Those left by stage 3.
+        inner_merge_layer: The layer before which stage 3 ran; `None` if it did not.
+        flops_share: Prefill operations of the decoder against the uncompressed one's, by the paper's formula.
+        num_answer_tokens: Length of the answer.
+        cache_bytes: Keys and values at the end.
+        seconds: `decode`, `encode`, `first_token` (merging and prefill), `generate` (the tokens after the first).
+    """
+
+    text: str
+    prompt_length: int
+    num_frames: int
+    num_segments: int
+    visual_tokens_before: int
+    visual_tokens_outer: int
+    visual_tokens_inner: int
+    inner_merge_layer: int | None
+    flops_share: float
+    num_answer_tokens: int
+    cache_bytes: int
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict:
+        """All fields as a dictionary of JSON values."""
+        return asdict(self)
+
+
+class TextPrinter(TextStreamer):
+    """Prints an answer to stdout as its tokens come."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        """Overrides TextStreamer.on_finalized_text: to stdout at once."""
+        sys.stdout.write(text + ("\n" if stream_end else ""))
+        sys.stdout.flush()
+
+
+class _Stopwatch(TextStreamer):
+    """Notes when the first token came, and passes everything on."""
+
+    def __init__(self, tokenizer, streamer: TextStreamer | None):
+        super().__init__(tokenizer)
+        self.streamer, self.num_puts, self.first_token_at = streamer, 0, None
+
+    def put(self, value):
+        """Overrides TextStreamer.put: the first call brings the prompt, the second the first token."""
+        self.num_puts += 1
+        if self.num_puts == 2:
+            self.first_token_at = time.perf_counter()
+        if self.streamer is not None:
+            self.streamer.put(value)
+
+    def end(self):
+        """Overrides TextStreamer.end."""
+        if self.streamer is not None:
+            self.streamer.end()
+
+
+class Answerer:
+    """A model and its processor, asked one question at a time."""
+
+    def __init__(
+        self,
+        model: str,
+        settings: HoliTomConfig | None = None,
+        retention_ratio: float | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ):
+        """
+        Loads the processor; the weights follow with `load_model`, so that a bad video is found out before.
+
+        Args:
+            model: Folder or Hub repository.
+            settings: Compression settings; `None`: the checkpoint's.
+            retention_ratio: Replaces that of the settings.
+            device: `"cpu"`, `"cuda"`, ..., or `"auto"`.
+            dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+
+        Raises:
+            OSError, ValueError: If the checkpoint can't be read, or the device or dtype is not known.
+        """
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        try:
+            self.device_map = device if device == "auto" else {"": torch.device(device)}
+        except RuntimeError as error:
+            raise ValueError(f"there is no device {device!r}: pass auto, cpu, cuda, cuda:1, mps, ...") from error
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU here: pass --device cpu")
+        self.name, self.dtype = model, dtype
+        kwargs = {} if settings is None else {"holitom_config": settings}
+        with self._naming_the_model():
+            self.config = HoliTomLlavaOnevisionConfig.from_pretrained(model, **kwargs)
+            self.processor = HoliTomProcessor.from_pretrained(model)
+        if retention_ratio is not None:
+            self.config.holitom_config.retention_ratio = retention_ratio
+        self.config.holitom_config.check_decoder_depth(self.config.text_config.num_hidden_layers)
+        self.model = None
+
+    def load_model(self) -> None:
+        """Loads the weights."""
+        with self._naming_the_model():
+            self.model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
+                self.name, config=self.config, dtype=self.dtype, device_map=self.device_map
+            ).eval()
+
+    @contextlib.contextmanager
+    def _naming_the_model(self):
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"the model {self.name!r} can't be loaded: {error}") from error
+
+    def prepare(self, video: str | torch.Tensor, question: str, num_frames: int | None = None) -> PreparedQuestion:
+        """
+        Decodes the video and writes the prompt.
+
+        Args:
+            video: Path, URL, or (F, 3, H, W) frames.
+            question: The question.
+            num_frames: Frames to take; `None`: at most the processor's.
+
+        Raises:
+            OSError, ValueError: If the video can't be read or has fewer frames.
+        """
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        start = time.perf_counter()
+        features = self.processor(
+            text=text, videos=video, num_frames=num_frames, device=self._preprocessing_device(), return_tensors="pt"
+        )
+        seconds = {"decode": time.perf_counter() - start}
+        return PreparedQuestion(features, features["pixel_values_videos"].shape[1], seconds=seconds)
+
+    def _preprocessing_device(self) -> str | None:
+        """A GPU resizes and normalizes frames, too; the weights may follow later, so the options tell."""
+        device = "cuda" if self.device_map == "auto" else str(self.device_map[""])
+        return device if device.startswith("cuda") and torch.cuda.is_available() else None
+
+    @torch.inference_mode()
+    def encode(self, question: PreparedQuestion) -> None:
+        """Sends the frames through the vision tower."""
+        start = time.perf_counter()
+        pixels = question.features.pop("pixel_values_videos")
+        self.model.model.check_placeholders(question.features["input_ids"], pixels)
+        question.features = question.features.to(self.model.device)
+        question.encoded = self.model.get_video_features(pixels, return_dict=True)
+        self._wait()
+        question.seconds["encode"] = time.perf_counter() - start
+
+    def generate(
+        self,
+        question: PreparedQuestion,
+        max_new_tokens: int = 256,
+        streamer: TextStreamer | None = None,
+        settings: HoliTomConfig | None = None,
+    ) -> Answer:
+        """
+        Merges, runs the decoder and collects the figures.
+
+        Args:
+            question: Prepared and encoded.
+            max_new_tokens: Longest answer.
+            streamer: Gets the tokens as they come.
+            settings: For this answer in place of the model's.
+        """
+        start = time.perf_counter()
+        stopwatch = _Stopwatch(self.processor.tokenizer, streamer)
+        features = {name: question.features[name] for name in ("input_ids", "attention_mask")}
+        outputs = self.model.generate(
+            **features,
+            mm_encoder_outputs={"video": question.encoded},
+            holitom_config=settings,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=stopwatch,
+            return_dict_in_generate=True,
+        )
+        end = time.perf_counter()
+        prompt_length = features["input_ids"].shape[1]
+        tokens = outputs.sequences[0, prompt_length:]
+        seconds = question.seconds | {
+            "first_token": stopwatch.first_token_at - start,
+            "generate": end - stopwatch.first_token_at,
+        }
+        [savings] = row_savings(
+            outputs.past_key_values,
+            features["attention_mask"],
+            [question.encoded.pooler_output.shape[1]],
+            self.model.config.text_config,
+        )
+        figures = asdict(savings) | {"num_segments": savings.num_segments or question.num_frames}
+        figures.pop("flops")
+        return Answer(
+            text=self.processor.decode(tokens, skip_special_tokens=True).strip(),
+            prompt_length=prompt_length,
+            num_frames=question.num_frames,
+            num_answer_tokens=len(tokens),
+            cache_bytes=cache_bytes(outputs.past_key_values),
+            seconds=seconds,
+            **figures,
+        )
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()

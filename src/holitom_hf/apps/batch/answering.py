@@ -1,0 +1,201 @@
+"""Many questions about many videos: decoded ahead in other processes, answered in batches, shared among processes."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import BatchFeature
+from transformers.utils import logging
+
+from ...answering.answerer import Answerer
+from ...answering.savings import row_savings
+from .inputs import BatchInput, input_ids
+from .records import BatchRecords
+
+
+logger = logging.get_logger(__name__)
+BATCHES_AHEAD = 4  # batches whose inputs are looked at together to find those of like length
+
+
+@dataclass
+class DecodedInput:
+    """
+    An input on its way to the model.
+
+    Attributes:
+        id: The input's.
+        features: What the processor made of it; `None` if it could not.
+        error: Why not.
+        seconds: For decoding and processing.
+    """
+
+    id: str
+    features: BatchFeature | None
+    error: str | None
+    seconds: float
+
+    @property
+    def length(self) -> int:
+        """Tokens of the uncompressed prompt."""
+        return self.features["input_ids"].shape[1]
+
+
+class DecodedInputs(Dataset):
+    """Inputs as the model takes them, made where a `DataLoader`'s workers are."""
+
+    def __init__(self, inputs: Sequence[BatchInput], chosen: list[int], processor, dtype, num_frames=None):
+        self.inputs, self.chosen, self.processor = inputs, chosen, processor
+        self.dtype, self.num_frames = dtype, num_frames
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> DecodedInput:
+        start = time.perf_counter()
+        item = self.inputs[self.chosen[index]]
+        features, error = None, None
+        try:
+            content = [{"type": "video"}, {"type": "text", "text": item.question}]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            features = self.processor(text=text, videos=item.video, num_frames=self.num_frames, return_tensors="pt")
+            features = features.to(dtype=self.dtype)
+        except (OSError, ValueError, TypeError) as problem:
+            error = " ".join(str(problem).split())
+        return DecodedInput(item.id, features, error, time.perf_counter() - start)
+
+
+def run_name(answerer: Answerer, **options) -> str:
+    """Stands for the model, its settings and options that answers depend on."""
+    about = [answerer.name, answerer.config.holitom_config.to_dict(), options]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def batches_by_length(decoded: Iterable[DecodedInput], batch_size: int) -> Iterator[list[DecodedInput]]:
+    """
+    Groups inputs of like length, looking a few batches ahead; those that could not be decoded come by themselves.
+    """
+    window = []
+    for item in decoded:
+        if item.error is not None:
+            yield [item]
+            continue
+        window.append(item)
+        if len(window) == BATCHES_AHEAD * batch_size:
+            window.sort(key=lambda item: item.length)
+            yield from (window[start : start + batch_size] for start in range(0, len(window), batch_size))
+            window = []
+    window.sort(key=lambda item: item.length)
+    yield from (window[start : start + batch_size] for start in range(0, len(window), batch_size))
+
+
+@torch.inference_mode()
+def answer_batch(answerer: Answerer, batch: list[DecodedInput], max_new_tokens: int) -> list[dict]:
+    """
+    Answers inputs together.
+
+    Returns:
+        A record for each: id, answer, num_frames, visual tokens before and after, seconds.
+    """
+    start = time.perf_counter()
+    model, tokenizer = answerer.model, answerer.processor.tokenizer
+    rows = [item.features["input_ids"][0].tolist() for item in batch]
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    videos = [item.features["pixel_values_videos"][0].to(model.device, model.dtype) for item in batch]
+    outputs = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        pixel_values_videos=videos,
+        vision_batch_size=32,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    texts = answerer.processor.batch_decode(
+        outputs.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    num_visual = (inputs["input_ids"] == model.config.video_token_id).sum(1).tolist()
+    savings = row_savings(outputs.past_key_values, inputs["attention_mask"], num_visual, model.config.text_config)
+    seconds = (time.perf_counter() - start) / len(batch)
+    return [
+        {
+            "id": item.id,
+            "answer": text.strip(),
+            "num_frames": len(video),
+            "tokens_before": row.visual_tokens_before,
+            "tokens_after": row.visual_tokens_outer,
+            "tokens_after_stage_3": row.visual_tokens_inner,
+            "seconds": {"decode": round(item.seconds, 4), "answer": round(seconds, 4)},
+        }
+        for item, text, video, row in zip(batch, texts, videos, savings)
+    ]
+
+
+def answer_or_tell(answerer: Answerer, batch: list[DecodedInput], max_new_tokens: int) -> list[dict]:
+    """
+    As [`answer_batch`]; what can't be answered gets its error for a record. A batch in which something fails, memory
+    among others, is tried again in halves.
+    """
+    records = [{"id": item.id, "error": item.error} for item in batch if item.error is not None]
+    whole = [item for item in batch if item.error is None]
+    if not whole:
+        return records
+    try:
+        return records + answer_batch(answerer, whole, max_new_tokens)
+    except (ValueError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        logger.warning("%d inputs could not be answered together: %s", len(whole), problem)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(whole) == 1:
+        return records + [{"id": whole[0].id, "error": problem}]
+    half = len(whole) // 2
+    for part in (whole[:half], whole[half:]):
+        records += answer_or_tell(answerer, part, max_new_tokens)
+    return records
+
+
+def missing_inputs(inputs: Sequence[BatchInput], records: BatchRecords, retry_errors: bool = False) -> list[int]:
+    """Indices of the inputs that have no record yet, or an error that is to be tried again."""
+    done = {name for name, record in records.read().items() if not (retry_errors and "error" in record)}
+    return [number for number, name in enumerate(input_ids(inputs)) if name not in done]
+
+
+def answer_all(
+    answerer: Answerer,
+    inputs: Sequence[BatchInput],
+    chosen: list[int],
+    add: Callable[[list[dict]], None],
+    batch_size: int = 8,
+    num_workers: int = 2,
+    num_frames: int | None = None,
+    max_new_tokens: int = 256,
+) -> None:
+    """
+    Answers inputs; a record for each is handed on as soon as its batch is done.
+
+    Args:
+        answerer: With its weights loaded.
+        inputs: All inputs.
+        chosen: Indices of those to answer.
+        add: Takes records, see [`BatchRecords.add`].
+        batch_size: Inputs that are answered together.
+        num_workers: Processes that decode ahead; 0 to decode in this one.
+        num_frames: Frames to take of each video; `None`: at most the processor's.
+        max_new_tokens: Longest answer.
+    """
+    if not chosen:
+        return
+    loader = DataLoader(
+        DecodedInputs(inputs, chosen, answerer.processor, answerer.model.dtype, num_frames),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=-(-2 * batch_size // num_workers) if num_workers else None,
+    )
+    for batch in batches_by_length(loader, batch_size):
+        add(answer_or_tell(answerer, batch, max_new_tokens))

@@ -1,0 +1,321 @@
+"""The command line, `holitom-hf`."""
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ...bundled import BUNDLED_ABOUT, BUNDLED_NAME, model_name
+from .measuring import app as measuring
+from .options import (
+    Device,
+    Dtype,
+    Frames,
+    Host,
+    MaxNewTokens,
+    Model,
+    Preset,
+    RetentionRatio,
+    one_line_errors,
+    quiet,
+    settings_of,
+)
+
+
+app = typer.Typer(
+    help="HoliTom: video language models on a tenth of the tokens, inside transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(measuring)
+
+# torch and transformers are imported where a command needs them, so that `--help` is there at once.
+
+
+@app.command()
+def answer(
+    video: Annotated[str, typer.Argument(help="Video file or URL.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    max_new_tokens: MaxNewTokens = 256,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = False,
+) -> None:
+    """Answers a question about a video, and tells what the compression saved."""
+    console = Console(stderr=True)
+
+    def step(text: str):
+        return contextlib.nullcontext() if as_json else console.status(text)
+
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
+        with step("Loading torch and transformers"):
+            from ...answering.answerer import Answerer, TextPrinter
+        quiet()
+        with step("Decoding the video"):
+            answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+            inputs = answerer.prepare(video, question, num_frames=frames)
+        with step(f"Loading {model}"):
+            answerer.load_model()
+        with step(f"Encoding {inputs.num_frames} frames"):
+            answerer.encode(inputs)
+        printer = None if as_json else TextPrinter(answerer.processor.tokenizer)
+        result = answerer.generate(inputs, max_new_tokens=max_new_tokens, streamer=printer)
+
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    Console().print(_summary(result))
+    if model == BUNDLED_NAME:
+        console.print(BUNDLED_ABOUT, style="dim")
+
+
+def _summary(result) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("frames", f"{result.num_frames}, in {result.num_segments} segments")
+    table.add_row(
+        "visual tokens",
+        f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder -> "
+        f"{result.visual_tokens_inner} after layer {result.inner_merge_layer}"
+        if result.inner_merge_layer is not None
+        else f"{result.visual_tokens_before} -> {result.visual_tokens_outer}",
+    )
+    table.add_row("prefill FLOPs", f"{result.flops_share:.1%} of the uncompressed decoder's (the paper's formula)")
+    seconds = result.seconds
+    table.add_row(
+        "seconds",
+        f"{seconds['decode']:.2f} decode, {seconds['encode']:.2f} encode, {seconds['first_token']:.2f} merge and "
+        f"first token, {seconds['generate']:.2f} answer ({result.num_answer_tokens} tokens)",
+    )
+    return table
+
+
+@app.command()
+def batch(
+    inputs: Annotated[str, typer.Argument(help="Folder of videos, JSONL of {id, video, question}, or a dataset.")],
+    output: Annotated[Path, typer.Argument(help="JSONL file to write; a stopped run goes on.")],
+    question: Annotated[str | None, typer.Option(help="Asked of every video without a question of its own.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos at once on each process.")] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead, for each process.")] = 2,
+    retry_errors: Annotated[bool, typer.Option(help="Try inputs again that ended in an error.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
+        from ..batch.inputs import input_ids, read_inputs
+
+        asked = read_inputs(inputs, question, split)
+        quiet()
+        from accelerate import PartialState
+
+        from ...answering.answerer import Answerer
+        from ..batch.answering import answer_all, missing_inputs, run_name
+        from ..batch.records import BatchRecords
+
+        state = PartialState(cpu=device == "cpu")
+        if state.num_processes > 1:
+            _end_with_launcher()
+            device = str(state.device) if device == "auto" else device
+        answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+        run = run_name(answerer, frames=frames, max_new_tokens=max_new_tokens, question=question)
+        records = BatchRecords(output, run)
+        if state.is_main_process:
+            records.prepare()
+        state.wait_for_everyone()
+        missing = missing_inputs(asked, records, retry_errors)
+        state.wait_for_everyone()  # before anyone adds to what the others still read
+        num_before = records.count()
+        answerer.load_model()
+        start = time.perf_counter()
+        with _videos_bar(len(missing), is_shown=state.is_main_process) as bar:
+
+            def add(new: list[dict]) -> None:
+                records.add(new, state.process_index)
+                bar.update(bar.task_ids[0], completed=records.count() - num_before)
+
+            share = missing[state.process_index :: state.num_processes]
+            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens)
+            records.mark_done(state.process_index)
+            if state.is_main_process:
+                records.wait_for_all(state.num_processes)
+                bar.update(bar.task_ids[0], completed=len(missing))
+        if state.is_main_process:
+            seconds = time.perf_counter() - start
+            written = records.finish(input_ids(asked))
+            num_errors = sum("error" in record for record in written.values())
+            print(
+                f"Wrote {output}: {len(written)} records, {num_errors} of them errors; {len(missing)} new in "
+                f"{seconds:.1f} s ({len(missing) / max(seconds, 1e-9):.2f} videos/s)."
+            )
+
+
+@app.command()
+def visualize(
+    video: Annotated[str, typer.Argument(help="Video file or URL.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png, .mp4 or .html file to write.")],
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Shows segments, and which tokens of a video are kept, merged and dropped."""
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
+        try:
+            from ..picture_files import view_merging, writer_for
+        except ModuleNotFoundError as error:
+            raise ImportError(f"pictures need {error.name}: pip install 'holitom-hf[plots]'") from error
+        write = writer_for(out)
+        answerer = _loaded(model, settings, retention_ratio, device, dtype)
+        view = view_merging(answerer, video, frames)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".holitom.") as folder:
+            write(view, Path(folder) / out.name)
+            os.replace(Path(folder) / out.name, out)
+        merged = view.merged
+        print(
+            f"Wrote {out}: {merged.num_input_tokens} tokens of {len(view.frames)} frames in {len(merged.segments)} "
+            f"segments, {merged.num_tokens} kept."
+        )
+
+
+@app.command()
+def demo(
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Starts a web page that answers with and without HoliTom, side by side."""
+    with one_line_errors():
+        settings = settings_of(preset, None)
+        try:
+            from ..web_page import LAUNCH_OPTIONS, build_app
+        except ModuleNotFoundError as error:
+            raise ImportError(f"the web page needs {error.name}: pip install 'holitom-hf[demo]'") from error
+        answerer = _loaded(model, settings, None, device, dtype)
+        page = build_app(answerer, BUNDLED_ABOUT if model == BUNDLED_NAME else "")
+        page.launch(server_name=host, server_port=port, **LAUNCH_OPTIONS)
+
+
+@app.command()
+def serve(
+    model: Model = BUNDLED_NAME,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Starts transformers' OpenAI-compatible server for one compressed model."""
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
+        try:
+            import uvicorn
+
+            from ..serving import build_app
+        except ImportError as error:
+            raise ImportError(f"serving needs more ({error}): pip install 'holitom-hf[serving]'") from error
+        answerer = _loaded(model, settings, retention_ratio, device, dtype)
+        uvicorn.run(build_app(answerer, model, frames), host=host, port=port)
+
+
+@app.command()
+def convert(
+    base: Annotated[str, typer.Argument(help="Folder or Hub repository of a LLaVA-OneVision model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    config_only: Annotated[bool, typer.Option(help="Write no weights, only where they come from.")] = False,
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+) -> None:
+    """Writes a checkpoint that loads compressed with trust_remote_code=True, and uncompressed without."""
+    with one_line_errors():
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise ValueError(f"{out} exists and is not an empty folder: choose another")
+        settings = settings_of(preset, retention_ratio)
+        from ..converting import write_checkpoint
+
+        quiet()
+        start = time.perf_counter()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            # Written beside, then moved: what stands under the name is never half a checkpoint.
+            write_checkpoint(base, Path(folder), settings, retention_ratio, config_only)
+            if out.is_dir():
+                out.rmdir()
+            os.chmod(folder, 0o755)
+            os.rename(folder, out)
+            Path(folder).mkdir()
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        print(f"Wrote {out} ({size / 2**20:.2f} MiB) in {time.perf_counter() - start:.1f} s.")
+
+
+def _loaded(model: str, settings, retention_ratio: float | None, device: str, dtype: str):
+    """An `Answerer` with its weights."""
+    quiet()
+    from ...answering.answerer import Answerer
+
+    answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+    answerer.load_model()
+    return answerer
+
+
+def _end_with_launcher() -> None:
+    """Ends this process soon after its launcher: one that was killed takes none along, and they would wait for it."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _videos_bar(total: int, is_shown: bool):
+    """A progress bar on stderr with videos a second and the time that is left."""
+    columns = ("Answering", BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=not is_shown)
+    bar.add_task("videos", total=total)
+    return bar
+
+
+class _Speed(ProgressColumn):
+    """Videos a second."""
+
+    def render(self, task):
+        """Overrides ProgressColumn.render."""
+        return f"{task.finished_speed or task.speed or 0:.2f} videos/s"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,272 @@
+"""Commands that measure: `questions`, `evaluate`, `flops`, `bench`."""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...bundled import BUNDLED_NAME, model_name
+from .options import (
+    Device,
+    Dtype,
+    ManyValues,
+    Model,
+    Preset,
+    RetentionRatio,
+    one_line_errors,
+    progress_bar,
+    quiet,
+    settings_of,
+)
+
+
+app = typer.Typer()
+# Options that the benchmarks share.
+Redundancy = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of synthetic tokens that repeat.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; default: torch's.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each step.")]
+Compare = Annotated[Path | None, typer.Option(help="Earlier result: tell what got slower since.")]
+
+
+@app.command()
+def questions(
+    out: Annotated[Path, typer.Argument(help="Folder for the videos and questions.jsonl.")],
+    num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 1000,
+    split: Annotated[str, typer.Option(help="train or test; their clips never meet.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another set.")] = 0,
+    side: Annotated[int, typer.Option(help="Width and height of the videos in pixels.")] = 224,
+) -> None:
+    """Draws clips with questions and exact answers, and writes them as H.264 files."""
+    with one_line_errors():
+        from ...bundled.questions import write_set
+
+        written = write_set(out, num_questions, split, seed, side, progress=progress_bar("Writing videos"))
+        print(f"Wrote {len(written)} questions about {len({q.video for q in written})} videos to {out}.")
+
+
+@app.command(cls=ManyValues)
+def evaluate(
+    model: Model = BUNDLED_NAME,
+    methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; default: all.")] = None,
+    retention_ratios: Annotated[list[float] | None, typer.Option(help="Values of R; default: 0.25 ... 0.02.")] = None,
+    ablations: Annotated[bool, typer.Option(help="The paper's ablations, too.")] = False,
+    questions: Annotated[Path | None, typer.Option(help="A set of questions; default: one drawn into --out.")] = None,
+    num_questions: Annotated[int, typer.Option(min=1, help="Size of the set that is drawn.")] = 1000,
+    out: Annotated[Path, typer.Option(help="Folder for answers, tables and plots; a stopped run goes on.")] = Path(
+        "evaluation"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Accuracy against FLOPs on drawn video questions, for HoliTom and the methods it competes with."""
+    with one_line_errors():
+        from ...bundled.questions import read_set, write_set
+        from ...evaluation.methods import RETENTION_RATIOS, ROWS, ablation_runs, method_runs
+
+        quiet()
+        from ...answering.answerer import Answerer
+        from ...evaluation.report import summarize, write_report
+        from ...evaluation.running import evaluate as answer_all
+
+        answerer = Answerer(model_name(model), device=device, dtype=dtype)
+        own = answerer.config.holitom_config
+        runs = method_runs(own, methods or list(ROWS), retention_ratios or list(RETENTION_RATIOS))
+        if ablations:
+            runs += ablation_runs(own, answerer.config.text_config.num_hidden_layers)
+        folder = questions or out / "questions"
+        if questions is None and not (folder / "questions.jsonl").is_file():
+            write_set(folder, num_questions, progress=progress_bar("Writing videos"))
+        asked = read_set(folder)
+        answerer.load_model()
+        results = answer_all(answerer, folder, asked, runs, out, batch_size, progress=progress_bar("Answering"))
+        files = write_report(summarize(results, runs), "holitom-hf " + shlex.join(sys.argv[1:]), out)
+        print((out / "table.md").read_text())
+        print("Wrote " + ", ".join(map(str, files)) + ".")
+
+
+@app.command()
+def flops(
+    model: Annotated[
+        str, typer.Option(help="0.5b, 7b, 72b, tiny, or a folder or Hub repository (its config).")
+    ] = "7b",
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of the video.")] = 32,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt beside the video's.")] = 34,
+    redundancy: Redundancy = 0.6,
+) -> None:
+    """Operations of a prompt up to its first token: by the paper's formula, and exactly."""
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
+        quiet()
+        from ...benchmarking.architectures import ARCHITECTURES, architecture
+        from ...benchmarking.exact_flops import compare_flops
+        from ...benchmarking.report import flops_table
+        from ...models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+
+        if model in ARCHITECTURES:
+            config = architecture(model, settings)
+        else:
+            options = {} if settings is None else {"holitom_config": settings}
+            config = HoliTomLlavaOnevisionConfig.from_pretrained(model_name(model), **options)
+        if retention_ratio is not None:
+            config.holitom_config.retention_ratio = retention_ratio
+        config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
+        print(flops_table(*compare_flops(config, frames, text_tokens, redundancy)))
+        print(
+            f"\n{frames} frames, {text_tokens} tokens of text, R = {config.holitom_config.retention_ratio:.0%}. The "
+            "paper's formula counts a multiplication and its addition\nas one operation, the exact rows as two, as "
+            f"torch does. Exact for scenes of 8 frames in which {redundancy:.0%} of the tokens repeat."
+        )
+
+
+@app.command()
+def bench(
+    arch: Annotated[str, typer.Option(help="0.5b, 7b, 72b or tiny, with random weights.")] = "tiny",
+    preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Annotated[int, typer.Option(min=2, help="Frames of each video.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once, each with a video.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
+    redundancy: Redundancy = 0.6,
+    rounds: Rounds = 5,
+    largest_batch: Annotated[
+        int | None, typer.Option(min=1, help="Measure throughput, too, up to this batch.")
+    ] = None,
+    attn: Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")] = "sdpa",
+    compile_vision: Annotated[bool, typer.Option(help="Run the vision tower through torch.compile.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps; auto: the best there is.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 but on a CPU.")] = "auto",
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    compare: Compare = None,
+) -> None:
+    """Upstream's class against ours, step by step, with random weights."""
+    with one_line_errors():
+        settings = settings_of(preset, retention_ratio)
+
+        from ...benchmarking import report
+        from ...benchmarking.architectures import architecture
+        from ...benchmarking.measuring import machine
+        from ...benchmarking.measuring import threads as torch_threads
+        from ...benchmarking.model_benchmark import run_model_benchmark
+
+        quiet()
+        old = report.read_result(compare) if compare is not None else None
+        config = architecture(arch, settings)
+        if settings is None:
+            # The paper's for 7B, as far as the depth allows.
+            config.holitom_config.similarity_threshold = 0.65
+            config.holitom_config.retention_ratio = 0.1 if retention_ratio is None else retention_ratio
+        config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
+        place, kind = _place(device, dtype)
+        with torch_threads(threads):
+            result = run_model_benchmark(
+                config,
+                frames,
+                batch_size,
+                place,
+                kind,
+                attn,
+                redundancy,
+                new_tokens,
+                rounds,
+                largest_batch,
+                compile_vision,
+                progress_bar("Measuring"),
+            )
+            print(report.model_table(result))
+            _finish(out, old, machine(place), result)
+
+
+@app.command(cls=ManyValues)
+def scaling(
+    out: Annotated[Path, typer.Argument(help="Folder for scaling.json, scaling.md and scaling.png.")],
+    preset: Preset = "llava-onevision-7b-r10",
+    frames: Annotated[list[int] | None, typer.Option(help="Numbers of frames; default: 8 ... 1024.")] = None,
+    batch_sizes: Annotated[list[int] | None, typer.Option(help="Batch sizes; default: 1 ... 8.")] = None,
+    retention_ratios: Annotated[list[float] | None, typer.Option(help="Values of R; default: 0.05 ... 0.5.")] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Size of a token.")] = 3584,
+    rounds: Rounds = 7,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps; auto: the best there is.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 but on a CPU.")] = "auto",
+    threads: Threads = None,
+    compare: Compare = None,
+) -> None:
+    """Time and memory of HoliTom's stages against frames, batch and retention."""
+    with one_line_errors():
+        settings = settings_of(preset, None)
+        try:
+            import matplotlib  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ImportError("plots need matplotlib: pip install 'holitom-hf[plots]'") from error
+        from ...benchmarking import report
+        from ...benchmarking import scaling as growth
+        from ...benchmarking.measuring import machine
+        from ...benchmarking.measuring import threads as torch_threads
+        from ...benchmarking.stage_benchmark import machine_limits
+
+        old = report.read_result(compare) if compare is not None else None
+        place, kind = _place(device, dtype)
+        with torch_threads(threads):
+            limits = machine_limits(place)
+            results = growth.run_scaling(
+                settings,
+                place,
+                kind,
+                limits,
+                dim,
+                frames or growth.FRAMES,
+                batch_sizes or growth.BATCH_SIZES,
+                retention_ratios or growth.RETENTION_RATIOS,
+                rounds,
+                progress_bar("Measuring"),
+            )
+            usual = next(r for r in results if r.num_frames == min(32, max(r.num_frames for r in results)))
+            table = growth.scaling_table(results) + (
+                f"\n\nThis machine reads {limits.bytes_per_second / 1e9:.1f} GB/s and multiplies "
+                f"{limits.operations_per_second / 1e9:.0f} GFLOP/s in float32. At {usual.num_frames} frames:\n\n"
+                + growth.roofline_table(usual)
+            )
+            print(table)
+            _finish(out / "scaling.json", old, machine(place), results)
+        (out / "scaling.md").write_text(table + "\n")
+        growth.plot_scaling(results, out / "scaling.png")
+        print(f"Wrote {out / 'scaling.md'}, {out / 'scaling.png'}.")
+
+
+def _place(device: str, dtype: str):
+    """The torch device and dtype that options name."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU here: pass --device cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    try:
+        return torch.device(device), getattr(torch, dtype)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {device!r}: pass auto, cpu, cuda, cuda:1 or mps") from error
+
+
+def _finish(out: Path | None, old: dict | None, machine: dict, result) -> None:
+    """Writes a result and tells what got slower since an earlier one."""
+    from ...benchmarking.report import compare, write_result
+
+    with tempfile.TemporaryDirectory() as folder:
+        new = write_result(
+            out or Path(folder) / "result.json", "holitom-hf " + shlex.join(sys.argv[1:]), machine, result
+        )
+    if out is not None:
+        print(f"Wrote {out}.")
+    if old is not None:
+        lines = compare(old, new)
+        print("\n".join(lines) if lines else "Nothing got slower, larger or more.")

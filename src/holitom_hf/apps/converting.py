@@ -1,0 +1,56 @@
+"""From an upstream checkpoint to one that loads compressed."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from ..configuration import HoliTomConfig
+from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
+from ..models.llava_onevision.processing import HoliTomProcessor
+
+
+logger = logging.get_logger(__name__)
+
+
+def write_checkpoint(
+    base: str,
+    folder: Path,
+    settings: HoliTomConfig | None,
+    retention_ratio: float | None,
+    config_only: bool,
+) -> None:
+    """
+    Writes a checkpoint of ours from any LLaVA-OneVision checkpoint.
+
+    Args:
+        base: Folder or Hub repository.
+        folder: Where to write.
+        settings: Compression settings; `None` keeps the base's, or takes the defaults.
+        retention_ratio: Replaces that of the settings.
+        config_only: Write no weights; they stay in `base`, and are not even read.
+
+    Raises:
+        OSError, ValueError: If `base` can't be read, or is no LLaVA-OneVision.
+    """
+    kwargs = {} if settings is None else {"holitom_config": settings}
+    config = HoliTomLlavaOnevisionConfig.from_pretrained(base, **kwargs)
+    if retention_ratio is not None:
+        config.holitom_config.retention_ratio = retention_ratio
+    if config_only:
+        config.holitom_config.base_model_name_or_path = base
+        with torch.device("meta"):
+            model = HoliTomLlavaOnevisionForConditionalGeneration._from_config(config, dtype=config.dtype)
+        model.generation_config = GenerationConfig.from_model_config(config)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(base)
+        except OSError:
+            logger.info(f"{base} has no generation_config.json; one is made from its config.")
+        model.save_pretrained(folder, config_only=True)
+        return
+    processor = HoliTomProcessor.from_pretrained(base)
+    model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(base, config=config, dtype="auto")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,239 @@
+"""A web page that answers questions about a video twice, uncompressed and with HoliTom, side by side."""
+
+import io
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import gradio as gr
+import torch
+from PIL import Image
+from transformers import TextIteratorStreamer
+from transformers.utils import logging
+
+from ..answering.answerer import Answer, Answerer
+from ..bundled.questions import draw_set, uniform_times
+from ..configuration import HoliTomConfig
+from ..evaluation.methods import full_run
+from ..video.encoding import write_video
+from .picture_files import figure_of, merge_frames
+
+
+logger = logging.get_logger(__name__)
+
+MAX_UPLOAD = "200mb"
+MAX_SECONDS = 3600
+MAX_QUESTION = 500  # characters
+MAX_NEW_TOKENS = 128
+TOKEN_TIMEOUT = 600.0  # seconds to wait for the next piece of an answer
+TITLE = "HoliTom: video language models on a tenth of the tokens"
+ABOUT = (
+    f"# {TITLE}\nThe same model answers twice: from all of the video's tokens, and from those that "
+    "[HoliTom](https://arxiv.org/abs/2505.21334) keeps. R is the share of tokens kept before the decoder; tau is how "
+    "alike neighbouring frames must be to count as the same."
+)
+BROKEN = "This file can't be read as a video. It may be damaged, cut off, or hold no pictures: try another one."
+
+
+class DemoError(Exception):
+    """What a visitor is told; nothing in it comes from the machine."""
+
+
+def draw_examples(folder: Path, number: int = 3) -> list[list[str]]:
+    """
+    Writes drawn clips to try.
+
+    Returns:
+        A video's path and a question for each.
+    """
+    examples = []
+    for clip, questions in draw_set(200, "test", seed=7):
+        wanted = [q for q in questions if q.type in ("motion", "scene order", "relation")]
+        if wanted:
+            path = folder / f"clip{len(examples) + 1}.mp4"
+            write_video(path, clip.render(uniform_times(48), 224), fps=8)
+            examples.append([str(path), wanted[-1].text])
+        if len(examples) == number:
+            break
+    return examples
+
+
+def check_request(video: str | None, question: str | None) -> str:
+    """
+    The question, tidied.
+
+    Raises:
+        DemoError: If something is missing, or more than the page is for.
+    """
+    question = " ".join((question or "").split())
+    if not video:
+        raise DemoError("Upload or record a video first, or choose an example.")
+    if not question:
+        raise DemoError("Ask something about the video.")
+    if len(question) > MAX_QUESTION:
+        raise DemoError(f"The question is too long: at most {MAX_QUESTION} characters.")
+    try:
+        with av.open(video) as container:
+            length = (container.duration or 0) / av.time_base
+    except (OSError, av.error.FFmpegError) as error:
+        raise DemoError(BROKEN) from error
+    if length > MAX_SECONDS:
+        raise DemoError(f"The video is longer than {MAX_SECONDS // 60} minutes: cut it first.")
+    return question
+
+
+def figures_text(answer: Answer, peak_memory: int | None) -> str:
+    """What an answer took, as a Markdown table."""
+    seconds = answer.seconds
+    speed = (answer.num_answer_tokens - 1) / seconds["generate"] if answer.num_answer_tokens > 1 else None
+    after = (
+        f", {answer.visual_tokens_inner} after layer {answer.inner_merge_layer}" if answer.inner_merge_layer else ""
+    )
+    rows = [
+        ("video tokens", f"{answer.visual_tokens_outer} of {answer.visual_tokens_before}{after}"),
+        ("prefill FLOPs", f"{answer.flops_share:.1%}"),
+        ("first token", f"{seconds['encode'] + seconds['first_token']:.2f} s ({seconds['encode']:.2f} s vision)"),
+        ("then", f"{speed:.1f} tokens/s" if speed else "one token"),
+        ("KV cache", f"{answer.cache_bytes / 2**20:.1f} MiB"),
+    ]
+    if peak_memory is not None:
+        rows.append(("peak GPU memory", f"{peak_memory / 2**30:.2f} GiB"))
+    head, *lines = (f"| {name} | {value} |" for name, value in rows)
+    return "\n".join([head, "| --- | --- |", *lines])
+
+
+class SideBySide:
+    """Answers one visitor's question after another."""
+
+    def __init__(self, answerer: Answerer):
+        """
+        Args:
+            answerer: With its weights loaded.
+        """
+        self.answerer = answerer
+        self.own = answerer.config.holitom_config
+        self.plain = full_run(self.own).settings
+        self.is_cuda = answerer.model.device.type == "cuda"
+
+    def settings(self, retention_ratio: float, similarity_threshold: float) -> HoliTomConfig:
+        """The checkpoint's settings with the sliders' values."""
+        return replace(self.own, retention_ratio=retention_ratio, similarity_threshold=similarity_threshold)
+
+    def answer(
+        self, video: str | None, question: str | None, retention_ratio: float, similarity_threshold: float
+    ) -> Iterator[tuple[str, str, str, str, Image.Image | None]]:
+        """
+        Both answers as they grow: plain text, its figures, HoliTom's text, its figures, and at last the picture.
+
+        Raises:
+            gr.Error: With one sentence, whatever went wrong.
+        """
+        try:
+            question = check_request(video, question)
+            yield from self._answer_both(video, question, self.settings(retention_ratio, similarity_threshold))
+        except DemoError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        except Exception as error:
+            logger.error("a question could not be answered", exc_info=error)
+            raise gr.Error(
+                "Something went wrong here. Try another video or question.", print_exception=False
+            ) from None
+
+    def _answer_both(self, video: str, question: str, settings: HoliTomConfig):
+        try:
+            (frames,), _ = self.answerer.processor.video_processor.decode(video)
+        except (OSError, ValueError) as error:
+            raise DemoError(BROKEN) from error
+        shown = ["", "", "", ""]
+        for column, chosen in ((0, self.plain), (2, settings)):
+            for text, figures in self._answer(frames, question, chosen):
+                shown[column : column + 2] = text, figures
+                yield (*shown, None)
+        file = io.BytesIO()
+        figure_of(merge_frames(self.answerer, frames, settings)).savefig(file, format="png", dpi=130)
+        yield (*shown, Image.open(file))
+
+    def _answer(self, frames: torch.Tensor, question: str, settings: HoliTomConfig) -> Iterator[tuple[str, str]]:
+        """One answer as it grows, and its figures at the end."""
+        answerer, tokenizer = self.answerer, self.answerer.processor.tokenizer
+        prepared = answerer.prepare(frames, question)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=TOKEN_TIMEOUT)
+        outcome: list[Answer | Exception] = []
+
+        def work():
+            try:
+                if self.is_cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                answerer.encode(prepared)
+                outcome.append(answerer.generate(prepared, MAX_NEW_TOKENS, streamer, settings))
+            except Exception as error:
+                outcome.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text, ""
+        thread.join()
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        peak = torch.cuda.max_memory_allocated() if self.is_cuda else None
+        yield outcome[0].text, figures_text(outcome[0], peak)
+
+
+def build_app(answerer: Answerer, about: str = "") -> gr.Blocks:
+    """
+    The page.
+
+    Args:
+        answerer: With its weights loaded.
+        about: What visitors should know of the model.
+
+    Returns:
+        An app for `launch(**LAUNCH_OPTIONS)`.
+    """
+    side_by_side = SideBySide(answerer)
+    own = side_by_side.own
+    examples = draw_examples(Path(tempfile.mkdtemp(prefix="holitom-examples-")))
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+        gr.Markdown(f"{ABOUT}\n\n{about}")
+        with gr.Row():
+            with gr.Column(scale=2):
+                video = gr.Video(label="Video", sources=["upload", "webcam"], height=320)
+            with gr.Column(scale=3):
+                question = gr.Textbox(
+                    label="Question", max_length=MAX_QUESTION, placeholder="What happens in the video?"
+                )
+                ratio = gr.Slider(0.02, 1.0, own.retention_ratio, step=0.01, label="R: share of tokens to keep")
+                threshold = gr.Slider(0.5, 0.99, own.similarity_threshold, step=0.01, label="tau: alike from here on")
+                ask = gr.Button("Ask", variant="primary")
+        with gr.Row():
+            outputs = []
+            for name in ("Uncompressed", "HoliTom"):
+                with gr.Column():
+                    outputs.append(gr.Textbox(label=name, lines=3, interactive=False, elem_id=name.lower()))
+                    outputs.append(gr.Markdown())
+        gr.Markdown("### What HoliTom made of every token")
+        picture = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
+        inputs = [video, question, ratio, threshold]
+        gr.Examples(examples, [video, question], cache_examples=False)
+        # One after another: answers that share the machine would spoil each other's times.
+        for event in (ask.click, question.submit):
+            event(side_by_side.answer, inputs, [*outputs, picture], concurrency_limit=1, concurrency_id="model")
+    _warm_up(side_by_side, examples[0][0])
+    return app
+
+
+LAUNCH_OPTIONS = {"max_file_size": MAX_UPLOAD, "show_error": False, "footer_links": []}
+
+
+def _warm_up(side_by_side: SideBySide, video: str) -> None:
+    """The first answer takes longer than all others: it is not a visitor's."""
+    own = side_by_side.own
+    for _ in side_by_side.answer(video, "Hello?", own.retention_ratio, own.similarity_threshold):
+        pass

@@ -1,0 +1,102 @@
+"""The README.md of a checkpoint on the Hub."""
+
+import os
+
+from huggingface_hub import ModelCardData
+
+from ..merging.flops import prefill_flops, tokens_by_layer
+
+
+CITATION = """\
+@inproceedings{shao2025holitom,
+  title={HoliTom: Holistic Token Merging for Fast Video Large Language Models},
+  author={Shao, Kele and Tao, Keda and Qin, Can and You, Haoxuan and Sui, Yang and Wang, Huan},
+  booktitle={NeurIPS},
+  year={2025}
+}"""
+
+
+def model_card(config, is_config_only: bool, repo_id: str = "user/repo") -> str:
+    """
+    Writes a model card.
+
+    Args:
+        config: The checkpoint's configuration.
+        is_config_only: Whether the repository holds no weights.
+        repo_id: Its name, for the snippet.
+
+    Returns:
+        Markdown with YAML metadata.
+    """
+    settings = config.holitom_config
+    base = settings.base_model_name_or_path or config._name_or_path or None
+    is_on_hub = bool(base) and not os.path.exists(base)
+    # Settings and code are ours to license; weights stay under the licence they came with.
+    license_name = {"license": "apache-2.0"} if is_config_only else {"license": "other", "license_name": "base-model"}
+    metadata = ModelCardData(
+        base_model=base if is_on_hub and base != repo_id else None,
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        tags=["holitom", "token-merging", "video", config.model_type.replace("_", "-")],
+        **license_name,
+    )
+    values = settings.to_dict() | ({"base_model_name_or_path": base} if is_config_only else {})
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in values.items())
+    weights = f"This repository holds no weights: they are loaded from `{base}`.\n\n" if is_config_only else ""
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {config.backbone.title} with HoliTom
+
+Training-free token merging for video (HoliTom, NeurIPS 2025, arXiv 2505.21334), inside `transformers`. Without
+`trust_remote_code=True` the same repository loads as the plain, uncompressed model.
+
+{weights}```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = "{repo_id}"
+model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+content = [{{"type": "video"}}, {{"type": "text", "text": "What happens in the video?"}}]
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+inputs = processor(text=prompt, videos="video.mp4", return_tensors="pt").to(model.device, model.dtype)
+output = model.generate(**inputs, max_new_tokens=128)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+## Savings
+
+At the ratios below, for the video's tokens alone, by the paper's formula for the decoder; what is really kept follows
+from the video.
+
+{_savings_table(config)}
+
+## Settings
+
+| setting | value |
+| --- | --- |
+{rows}
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def _savings_table(config) -> str:
+    """Tokens and operations at several numbers of frames."""
+    settings, text = config.holitom_config, config.text_config
+    sizes, depth = (text.hidden_size, text.intermediate_size), text.num_hidden_layers
+    lines = ["| frames | tokens | before the decoder | after stage 3 | prefill FLOPs |", "| ---: " * 5 + "|"]
+    for num_frames in (8, 16, 32, 64):
+        tokens = num_frames * config.tokens_per_frame
+        outer = round(tokens * settings.retention_ratio) if settings.has_outer_stage else tokens
+        inner = round(outer * (1 - settings.inner_merge_ratio)) if settings.has_inner_stage else outer
+        layer = settings.inner_merge_layer if settings.has_inner_stage else None
+        flops = prefill_flops(tokens_by_layer(outer, inner, layer, depth), *sizes)
+        share = flops / prefill_flops([tokens] * depth, *sizes)
+        lines.append(f"| {num_frames} | {tokens} | {outer} | {inner} | {share:.1%} |")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""What `holitom-hf evaluate` compares: a row per method, and the paper's ablations."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..configuration import HoliTomConfig
+from ..merging.registry import METHODS
+
+
+@dataclass
+class Row:
+    """
+    A row of the table.
+
+    Attributes:
+        label: Its name there.
+        settings: Makes the settings from the model's own and the retention ratio.
+        color: Its colour in the plots, from Okabe and Ito's palette for the colour-blind.
+        marker: Its marker there.
+    """
+
+    label: str
+    settings: Callable[[HoliTomConfig, float], HoliTomConfig]
+    color: str
+    marker: str
+
+
+@dataclass
+class Run:
+    """Settings to evaluate under a unique `name`: a `method` at a `retention_ratio`, or an entry of an `ablation`."""
+
+    name: str
+    settings: HoliTomConfig
+    method: str | None = None
+    retention_ratio: float | None = None
+    ablation: str | None = None
+
+
+def _outer(name: str) -> Callable[[HoliTomConfig, float], HoliTomConfig]:
+    return lambda own, ratio: replace(own, retention_ratio=ratio, outer_method=name, inner_method="none")
+
+
+def _fastv(own: HoliTomConfig, ratio: float) -> HoliTomConfig:
+    """FastV keeps the share R of the tokens from layer 2 on; what the layers before cost, the FLOPs show."""
+    return replace(own, outer_method="none", inner_method="prune", inner_merge_layer=2, inner_merge_ratio=1 - ratio)
+
+
+def _rows() -> dict[str, Row]:
+    """HoliTom with and without stage 3, every other method of the registry, and FastV, which works inside alone."""
+    found: dict[str, tuple[str, Callable[[HoliTomConfig, float], HoliTomConfig]]] = {
+        "holitom": ("HoliTom", lambda own, ratio: replace(own, retention_ratio=ratio)),
+        "holitom-outer": ("HoliTom w/o stage 3", _outer("holitom")),
+    }
+    for group in ("published", "control"):
+        for name, method in METHODS.items():
+            if method.group == group and name != "holitom":
+                found[method.short_name or name] = (method.label, _outer(name))
+        if group == "published":
+            found["fastv"] = ("FastV", _fastv)
+    looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKERS))
+    return {name: Row(*row, *look) for (name, row), look in zip(found.items(), looks)}
+
+
+COLORS = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999", "#56B4E9")
+MARKERS = "os^vDxP*<>hX"  # another number than of colours, so that no two rows look alike
+ROWS = _rows()
+RETENTION_RATIOS = (0.25, 0.20, 0.15, 0.10, 0.05, 0.02)
+
+
+def full_run(own: HoliTomConfig) -> Run:
+    """The uncompressed model."""
+    return Run("full", replace(own, outer_method="none", inner_method="none"), method="full")
+
+
+def method_runs(own: HoliTomConfig, methods: list[str], ratios: list[float]) -> list[Run]:
+    """
+    Every method at every ratio, after the uncompressed model.
+
+    Raises:
+        ValueError: If a method is not one of [`ROWS`] or a ratio is out of range.
+    """
+    unknown = [name for name in methods if name not in ROWS]
+    if unknown:
+        raise ValueError(f"there is no method {', '.join(unknown)}; choose from {', '.join(ROWS)}")
+    runs = [full_run(own)]
+    for name in methods:
+        for ratio in ratios:
+            runs.append(Run(f"{name}@{ratio:g}", ROWS[name].settings(own, ratio), name, ratio))
+    return runs
+
+
+def ablation_runs(own: HoliTomConfig, num_layers: int, ratio: float = 0.15) -> list[Run]:
+    """The paper's ablations, one field changed at a time, at one retention ratio."""
+    base = replace(own, retention_ratio=ratio)
+    outer = replace(base, inner_method="none")
+    layers = range(1, num_layers)
+    entries: dict[str, dict[str, HoliTomConfig]] = {
+        "similarity threshold tau": {
+            f"tau = {tau:g}": replace(base, similarity_threshold=tau) for tau in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+        },
+        "layer k of stage 3": {"without": outer}
+        | {f"k = {layer}": replace(base, inner_merge_layer=layer) for layer in layers},
+        "stage 3, r = 0.5": {"merge": base, "prune": replace(base, inner_method="prune")},
+        "stage 3, r = 0.75": {
+            "merge": replace(base, inner_merge_ratio=0.75),
+            "prune": replace(base, inner_merge_ratio=0.75, inner_method="prune"),
+        },
+        "weight of cluster centres beta": {
+            f"beta = {beta:g}": replace(base, cluster_center_weight=beta) for beta in (0.0, 0.3, 0.6, 1.0)
+        },
+        "share of clustered dynamic tokens": {
+            f"{share:g}": replace(base, contextual_ratio=share) for share in (0.0, 0.2, 0.5)
+        },
+        "segmentation": {"global": base}
+        | {
+            f"windows of {window}": replace(base, outer_method="fixed_windows", max_segment_frames=window)
+            for window in (2, 4, 8, 16)
+        },
+    }
+    return [
+        Run(f"{group}: {label}", settings, retention_ratio=ratio, ablation=group)
+        for group, members in entries.items()
+        for label, settings in members.items()
+    ]

@@ -1,0 +1,350 @@
+"""The tables, claims and plots of an evaluation."""
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..bundled.questions import QUESTION_TYPES
+from .methods import ROWS, Run
+from .running import Result
+
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass
+class Row:
+    """
+    A run in numbers; intervals are 95 % bootstrap intervals over videos.
+
+    Attributes:
+        run, method, retention_ratio, ablation: As in [`Run`].
+        num_questions: How many questions were answered.
+        accuracy: Share of right answers, with its interval.
+        relative: The accuracy as a share of the uncompressed model's, with its interval (same videos in both); `None`
+            if that never was right.
+        by_type: Per type of question: accuracy, low, high.
+        tokens_outer, tokens_inner: Mean visual tokens before the decoder and after stage 3.
+        flops_share: Decoder operations for the prompt as a share of the uncompressed model's, the paper's formula.
+        flops_share_counted: The same, as torch counts them over a few questions; `None` where they were not counted.
+        seconds: Median time for a question.
+    """
+
+    run: str
+    method: str | None
+    retention_ratio: float | None
+    ablation: str | None
+    num_questions: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    relative: float | None
+    relative_low: float | None
+    relative_high: float | None
+    by_type: dict[str, tuple[float, float, float]]
+    tokens_outer: float
+    tokens_inner: float
+    flops_share: float
+    flops_share_counted: float | None
+    seconds: float
+
+
+class _Resampled:
+    """Sums of right answers and questions per video, and the same resamples of videos for everything compared."""
+
+    def __init__(self, results: list[Result], videos: list[str]):
+        self.number = {video: index for index, video in enumerate(videos)}
+        self.picks = np.random.default_rng(0).integers(len(videos), size=(NUM_RESAMPLES, len(videos)))
+        self.right, self.asked = self._sums(results)
+
+    def _sums(self, results: Iterable[Result]) -> tuple[np.ndarray, np.ndarray]:
+        right, asked = np.zeros(len(self.number)), np.zeros(len(self.number))
+        for result in results:
+            right[self.number[result.video]] += result.is_right
+            asked[self.number[result.video]] += 1
+        return right, asked
+
+    def accuracies(self, results: Iterable[Result]) -> np.ndarray:
+        """(NUM_RESAMPLES,) accuracy in every resample; NaN where one has no such question."""
+        right, asked = self._sums(results)
+        with np.errstate(invalid="ignore"):
+            return right[self.picks].sum(1) / asked[self.picks].sum(1)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanpercentile(values, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _accuracy(results: list[Result]) -> float:
+    return sum(result.is_right for result in results) / len(results)
+
+
+def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
+    """
+    Numbers per run, in the order of `runs`.
+
+    Args:
+        results: Of all runs, the one named "full" among them.
+        runs: What was evaluated.
+    """
+    by_run: dict[str, list[Result]] = {run.name: [] for run in runs}
+    for result in results:
+        by_run[result.run].append(result)
+    full = by_run["full"]
+    resampled = _Resampled(full, sorted({result.video for result in results}))
+    full_accuracy, full_resampled = _accuracy(full), resampled.accuracies(full)
+    full_flops = np.mean([result.flops for result in full])
+    full_counted = {r.id: r.flops_counted for r in full if r.flops_counted is not None}
+    rows = []
+    for run in runs:
+        own = by_run[run.name]
+        accuracies = resampled.accuracies(own)
+        by_type = {}
+        for kind in QUESTION_TYPES:
+            of_type = [result for result in own if result.type == kind]
+            if of_type:
+                by_type[kind] = (_accuracy(of_type), *_interval(resampled.accuracies(of_type)))
+        counted = [r for r in own if r.flops_counted is not None and r.id in full_counted]
+        share_counted = None
+        if counted:
+            share_counted = sum(r.flops_counted for r in counted) / sum(full_counted[r.id] for r in counted)
+        low, high = _interval(accuracies)
+        relative = relative_low = relative_high = None
+        if full_accuracy:
+            relative = _accuracy(own) / full_accuracy
+            relative_low, relative_high = _interval(accuracies / np.where(full_resampled, full_resampled, np.nan))
+        rows.append(
+            Row(
+                run=run.name,
+                method=run.method,
+                retention_ratio=run.retention_ratio,
+                ablation=run.ablation,
+                num_questions=len(own),
+                accuracy=_accuracy(own),
+                accuracy_low=low,
+                accuracy_high=high,
+                relative=relative,
+                relative_low=relative_low,
+                relative_high=relative_high,
+                by_type=by_type,
+                tokens_outer=float(np.mean([result.tokens_outer for result in own])),
+                tokens_inner=float(np.mean([result.tokens_inner for result in own])),
+                flops_share=float(np.mean([result.flops for result in own]) / full_flops),
+                flops_share_counted=share_counted,
+                seconds=float(np.median([result.seconds for result in own])),
+            )
+        )
+    return rows
+
+
+@dataclass
+class Claim:
+    """What the paper says, what was measured, and whether it holds here."""
+
+    text: str
+    measured: str
+    verdict: str
+
+
+def check_claims(rows: list[Row]) -> list[Claim]:
+    """The paper's claims against the rows; those whose runs are missing are left out."""
+    found = {row.run: row for row in rows}
+    claims = []
+    for ratio, wanted in ((0.15, 0.99), (0.10, 0.98)):
+        row = found.get(f"holitom@{ratio:g}")
+        if row is not None and row.relative is not None:
+            claims.append(
+                Claim(
+                    f"HoliTom keeps >= {wanted:.0%} of the accuracy at R = {ratio:.0%}",
+                    f"{row.relative:.1%} [{row.relative_low:.1%}, {row.relative_high:.1%}]",
+                    "holds" if row.relative >= wanted else "does not hold",
+                )
+            )
+    for row in rows:
+        if row.method != "holitom":
+            continue
+        for method in ROWS:
+            curve = sorted((other.flops_share, other.accuracy) for other in rows if other.method == method)
+            if method.startswith("holitom") or not curve:
+                continue
+            text = f"HoliTom at R = {row.retention_ratio:.0%} is ahead of {ROWS[method].label} at equal FLOPs"
+            if row.flops_share < curve[0][0]:
+                measured = f"it has no point at {row.flops_share:.1%} of the FLOPs; its cheapest, {curve[0][0]:.1%}, "
+                measured += f"reaches {curve[0][1]:.1%}, HoliTom {row.accuracy:.1%}"
+                other = curve[0][1]
+            else:
+                other = float(np.interp(row.flops_share, *zip(*curve)))
+                measured = f"{row.accuracy:.1%} against {other:.1%} at {row.flops_share:.1%} of the FLOPs"
+            claims.append(Claim(text, measured, "holds" if row.accuracy > other else "does not hold"))
+    for row in rows:
+        without = found.get(f"holitom-outer@{row.retention_ratio:g}") if row.method == "holitom" else None
+        if without is not None:
+            lost = 100 * (without.accuracy - row.accuracy)
+            claims.append(
+                Claim(
+                    f"Stage 3 costs less than 1 point at R = {row.retention_ratio:.0%}",
+                    f"{lost:+.1f} points",
+                    "holds" if lost < 1 else "does not hold",
+                )
+            )
+    return claims
+
+
+def environment() -> dict[str, str]:
+    """Date, machine and versions."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("holitom-hf", "torch", "transformers", "av")},
+    }
+
+
+def write_report(rows: list[Row], command: str, out: Path) -> list[Path]:
+    """
+    Writes `table.json`, `table.md` and, with matplotlib, `accuracy_flops.png` and `accuracy_types.png`.
+
+    Args:
+        rows: From [`summarize`].
+        command: What was typed, for the record.
+        out: Folder.
+
+    Returns:
+        The files.
+    """
+    claims, where = check_claims(rows), environment()
+    content = {
+        "command": command,
+        **where,
+        "rows": [asdict(row) for row in rows],
+        "claims": [asdict(c) for c in claims],
+    }
+    (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "table.md").write_text(_markdown(rows, claims, command, where))
+    return [out / "table.md", out / "table.json", *_plots(rows, out)]
+
+
+def _label(row: Row) -> str:
+    if row.method == "full":
+        return "uncompressed"
+    return ROWS[row.method].label if row.method else row.run.split(": ")[1]
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    bars = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, bars, *lines))
+
+
+def _line(row: Row) -> list[str]:
+    counted = "" if row.flops_share_counted is None else f"{row.flops_share_counted:.1%}"
+    return [
+        _label(row),
+        "" if row.method in ("full", None) else f"{row.retention_ratio:.0%}",
+        f"{row.tokens_outer:.0f}",
+        f"{row.tokens_inner:.0f}",
+        f"{row.flops_share:.1%}",
+        counted,
+        f"{row.accuracy:.1%} [{row.accuracy_low:.1%}, {row.accuracy_high:.1%}]",
+        "" if row.relative is None else f"{row.relative:.1%}",
+        f"{row.seconds:.3f}",
+    ]
+
+
+def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[str, str]) -> str:
+    head = ["method", "R", "tokens", "after stage 3", "FLOPs", "counted", "accuracy [95 %]", "relative", "s/question"]
+    methods = [row for row in rows if row.method]
+    text = f"`{command}`\n\n" + ", ".join(f"{name} {value}" for name, value in where.items())
+    text += f"; {rows[0].num_questions} questions.\n\n" + _table(head, [_line(row) for row in methods])
+    types = [kind for kind in QUESTION_TYPES if kind in rows[0].by_type]
+    lines = [[_label(row), _line(row)[1], *(f"{row.by_type[k][0]:.1%}" for k in types)] for row in methods]
+    text += "\nAccuracy by type of question\n\n" + _table(["method", "R", *types], lines)
+    if claims:
+        lines = [[claim.text, claim.measured, claim.verdict] for claim in claims]
+        text += "\nThe paper's claims on this set\n\n" + _table(["claim", "measured", "verdict"], lines)
+    for group in dict.fromkeys(row.ablation for row in rows if row.ablation):
+        members = [row for row in rows if row.ablation == group]
+        text += f"\nAblation at R = {members[0].retention_ratio:.0%}: {group}\n\n"
+        text += _table([head[0], *head[2:]], [[_line(row)[0], *_line(row)[2:]] for row in members])
+    return text
+
+
+def _plots(rows: list[Row], out: Path) -> list[Path]:
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
+        return [_plot_flops(rows, Figure, out), _plot_types(rows, Figure, out)]
+
+
+def _plot_flops(rows: list[Row], figure_class, out: Path) -> Path:
+    figure = figure_class(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    full = next(row for row in rows if row.method == "full")
+    axes.axhline(100 * full.accuracy, color="black", linestyle="--", linewidth=1)
+    axes.text(0.01, 100 * full.accuracy, "uncompressed", transform=axes.get_yaxis_transform(), va="bottom")
+    for name, method in ROWS.items():
+        own = sorted((row for row in rows if row.method == name), key=lambda row: row.flops_share)
+        if not own:
+            continue
+        middle = np.array([100 * row.accuracy for row in own])
+        errors = [
+            middle - [100 * row.accuracy_low for row in own],
+            np.array([100 * row.accuracy_high for row in own]) - middle,
+        ]
+        flops = [100 * row.flops_share for row in own]
+        style = {"color": method.color, "marker": method.marker, "label": method.label, "capsize": 2}
+        axes.errorbar(flops, middle, errors, linewidth=2.2 if name == "holitom" else 1.3, elinewidth=0.7, **style)
+    axes.set(xscale="log", xlabel="FLOPs of the decoder, % of the uncompressed model's", ylabel="accuracy, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.legend(frameon=False)
+    figure.savefig(out / "accuracy_flops.png", dpi=130)
+    return out / "accuracy_flops.png"
+
+
+def _plot_types(rows: list[Row], figure_class, out: Path) -> Path:
+    from matplotlib.ticker import LogLocator
+
+    kinds = [kind for kind in QUESTION_TYPES if kind in rows[0].by_type]
+    columns = 3
+    figure = figure_class(figsize=(10, 2.6 * -(-len(kinds) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(kinds) // columns), columns, sharex=True, sharey=True, squeeze=False).flatten()
+    full = next(row for row in rows if row.method == "full")
+    for axes, kind in zip(panels, kinds):
+        axes.axhline(100 * full.by_type[kind][0], color="black", linestyle="--", linewidth=1, label="uncompressed")
+        for name, method in ROWS.items():
+            own = sorted((row for row in rows if row.method == name), key=lambda row: row.flops_share)
+            if own:
+                axes.plot(
+                    [100 * row.flops_share for row in own],
+                    [100 * row.by_type[kind][0] for row in own],
+                    color=method.color,
+                    marker=method.marker,
+                    markersize=4,
+                    linewidth=2 if name == "holitom" else 1,
+                    label=method.label,
+                )
+        axes.set(xscale="log", title=kind)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a narrow panel has no room for all of a decade
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    for axes in panels[len(kinds) :]:
+        axes.set_visible(False)
+    figure.supxlabel("FLOPs of the decoder, % of the uncompressed model's")
+    figure.supylabel("accuracy, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(out / "accuracy_types.png", dpi=110)
+    return out / "accuracy_types.png"

@@ -1,0 +1,255 @@
+"""Answers a set of video questions with many settings of one model, and keeps every answer as it comes."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..answering.answerer import Answerer
+from ..answering.savings import row_savings
+from ..bundled.questions import VideoQuestion
+from ..configuration import HoliTomConfig
+from ..models.llava_onevision.vision import HoliTomVideoFeatures
+from .methods import Run
+
+
+@dataclass
+class Result:
+    """
+    One question answered with one run's settings.
+
+    Attributes:
+        run: The run's name.
+        id: The question's.
+        video: Its video.
+        type: The question's type.
+        answer: What the model said.
+        is_right: Whether that is the answer, apart from case, space around it and a full stop.
+        tokens_outer: Visual tokens before the decoder.
+        tokens_inner: After stage 3.
+        flops: The decoder's for the prompt, by the paper's formula.
+        flops_counted: As torch counts them, merging and the output layer included; `None` where not counted.
+        seconds: For merging, prompt and answer: the batch's time by its size.
+    """
+
+    run: str
+    id: str
+    video: str
+    type: str
+    answer: str
+    is_right: bool
+    tokens_outer: int
+    tokens_inner: int
+    flops: float
+    flops_counted: float | None
+    seconds: float
+
+
+class AnswerFile:
+    """The results so far, one JSON object a line; a line that was cut off is taken off."""
+
+    def __init__(self, path: Path, subject: dict):
+        """
+        Args:
+            path: File to write to and go on from.
+            subject: What the results are about, kept in the first line.
+
+        Raises:
+            ValueError: If the file's results are about something else.
+        """
+        self.path, self.results = path, []
+        text = path.read_text() if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole:
+            first, *rest = (json.loads(line) for line in whole.splitlines())
+            if first != json.loads(json.dumps(subject)):
+                raise ValueError(
+                    f"{path} holds answers of another model or another set of questions: choose another folder or "
+                    "remove it"
+                )
+            self.results = [Result(**line) for line in rest]
+        else:
+            whole = json.dumps(subject) + "\n"
+        if whole != text:
+            path.write_text(whole)
+
+    def add(self, results: list[Result]) -> None:
+        """Appends results."""
+        with open(self.path, "a") as file:
+            file.write("".join(json.dumps(asdict(result)) + "\n" for result in results))
+        self.results += results
+
+
+def describe(answerer: Answerer, questions: list[VideoQuestion]) -> dict:
+    """What tells one evaluation from another: configuration, the start of every weight, dtype, and the questions."""
+    config = answerer.config.to_dict()
+    config.pop("transformers_version", None)
+    weights = [parameter.flatten()[:16].tolist() for parameter in answerer.model.parameters() if not parameter.is_meta]
+    asked = [asdict(question) for question in questions]
+    texts = json.dumps([config, str(answerer.model.dtype), weights, asked], sort_keys=True, default=str)
+    return {"model": Path(answerer.name).name, "sha256": hashlib.sha256(texts.encode()).hexdigest()}
+
+
+@torch.inference_mode()
+def evaluate(
+    answerer: Answerer,
+    folder: Path,
+    questions: list[VideoQuestion],
+    runs: list[Run],
+    out: Path,
+    batch_size: int = 32,
+    max_new_tokens: int = 8,
+    num_counted: int = 8,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[Result]:
+    """
+    Answers every question with every run's settings. Every video goes once through the vision tower.
+
+    Args:
+        answerer: With its weights loaded.
+        folder: Where the questions' videos are.
+        questions: A video's questions stand behind each other.
+        runs: Settings to compare.
+        out: Folder for `answers.jsonl`; what is there already is not answered again.
+        batch_size: Questions at once.
+        max_new_tokens: Longest answer.
+        num_counted: Operations are counted for so many questions, one of a video, by running them once more.
+        progress: Wraps the list of batches, e.g. to show a bar.
+
+    Returns:
+        The results of these runs.
+
+    Raises:
+        OSError, ValueError: If a video can't be read, or `out` holds answers about something else.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = AnswerFile(out / "answers.jsonl", describe(answerer, questions))
+    done = {(result.run, result.id) for result in file.results}
+    first_of_video = [next(group) for _, group in groupby(questions, key=lambda question: question.video)]
+    counted = {question.id for question in first_of_video[:num_counted]}
+    for batch in progress(list(_batches(questions, batch_size))):
+        pending = [(run, [q for q in batch if (run.name, q.id) not in done]) for run in runs]
+        if not any(missing for _, missing in pending):
+            continue
+        encoded = _encode(answerer, folder, [q.video for q in batch])
+        for run, missing in pending:
+            if missing:
+                file.add(_answer(answerer, run, missing, encoded, max_new_tokens, counted))
+    names = {run.name for run in runs}
+    return [result for result in file.results if result.run in names]
+
+
+def is_right(answer: str, truth: str) -> bool:
+    """Whether an answer is the true one, apart from case, space around it and a full stop."""
+    return answer.strip().rstrip(".").lower() == truth.strip().lower()
+
+
+def _batches(questions: list[VideoQuestion], batch_size: int) -> Iterator[list[VideoQuestion]]:
+    """Whole videos together until a batch is full."""
+    batch: list[VideoQuestion] = []
+    for _, group in groupby(questions, key=lambda question: question.video):
+        group = list(group)
+        if batch and len(batch) + len(group) > batch_size:
+            yield batch
+            batch = []
+        batch += group
+    if batch:
+        yield batch
+
+
+def _encode(answerer: Answerer, folder: Path, videos: list[str]) -> dict[str, HoliTomVideoFeatures]:
+    """Every video through the tower, with what any method may ask for."""
+    everything = HoliTomConfig(retention_ratio=0.5)
+    model, video_processor = answerer.model, answerer.processor.video_processor
+    encoded = {}
+    for video in dict.fromkeys(videos):
+        pixels = video_processor(str(folder / video), return_tensors="pt")["pixel_values_videos"]
+        encoded[video] = model.get_video_features(
+            pixels.to(model.device, model.dtype), vision_batch_size=32, holitom_config=everything, return_dict=True
+        )
+    return encoded
+
+
+def _together(encoded: dict[str, HoliTomVideoFeatures], questions: list[VideoQuestion]) -> HoliTomVideoFeatures:
+    """The questions' videos as one output of the tower, one entry a question."""
+    videos = [encoded[question.video] for question in questions]
+    return HoliTomVideoFeatures(
+        pooler_output=[video.pooler_output[0] for video in videos],
+        importance=[video.importance[0] for video in videos],
+        keys=[video.keys[0] for video in videos],
+    )
+
+
+def _prompts(answerer: Answerer, questions: list[VideoQuestion], encoded) -> dict[str, torch.Tensor]:
+    """Left-padded prompts with a placeholder for every token of the encoded videos."""
+    processor, tokenizer = answerer.processor, answerer.processor.tokenizer
+    texts = []
+    for question in questions:
+        content = [{"type": "video"}, {"type": "text", "text": question.text}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        num_tokens = len(encoded[question.video].pooler_output[0])
+        texts.append(text.replace(processor.video_token, processor.video_token * num_tokens))
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(texts, padding=True, return_tensors="pt").to(answerer.model.device)
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set[str]) -> list[Result]:
+    model = answerer.model
+    inputs = _prompts(answerer, questions, encoded)
+    videos = _together(encoded, questions)
+    start = time.perf_counter()
+    outputs = model.generate(
+        **inputs,
+        mm_encoder_outputs={"video": videos},
+        holitom_config=run.settings,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    texts = answerer.processor.batch_decode(
+        outputs.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    seconds = (time.perf_counter() - start) / len(questions)
+
+    num_visual = [len(video) for video in videos.pooler_output]
+    savings = row_savings(outputs.past_key_values, inputs["attention_mask"], num_visual, model.config.text_config)
+    results = []
+    for row, question in enumerate(questions):
+        is_counted = question.id in counted
+        results.append(
+            Result(
+                run=run.name,
+                id=question.id,
+                video=question.video,
+                type=question.type,
+                answer=texts[row].strip(),
+                is_right=is_right(texts[row], question.answer),
+                tokens_outer=savings[row].visual_tokens_outer,
+                tokens_inner=savings[row].visual_tokens_inner,
+                flops=savings[row].flops,
+                flops_counted=_count(answerer, run, question, encoded) if is_counted else None,
+                seconds=seconds,
+            )
+        )
+    return results
+
+
+def _count(answerer, run: Run, question: VideoQuestion, encoded) -> float:
+    """Operations of merging, decoder and one output token as torch counts them."""
+    # The counter knows no fused attention on CPUs: the plain one is made of products that it knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        answerer.model(
+            **_prompts(answerer, [question], encoded),
+            mm_encoder_outputs={"video": _together(encoded, [question])},
+            holitom_config=run.settings,
+            logits_to_keep=1,
+        )
+    return float(counter.get_total_flops())

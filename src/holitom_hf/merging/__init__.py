@@ -1,0 +1,27 @@
+"""
+The method, in pure tensors: no model, no transformers, nothing of ours outside this folder.
+
+    from holitom_hf.merging import MergingSettings, merge_video_tokens
+    merged = merge_video_tokens(features, importance, MergingSettings(retention_ratio=0.1))
+"""
+
+from .inner import merge_hidden_states
+from .merged_video import MergedVideo, TokenKind
+from .outer import merge_video_tokens
+from .registry import METHODS, Method
+from .segmentation import segment_frames
+from .settings import MergingSettings
+from .video_tokens import VideoTokens
+
+
+__all__ = [
+    "METHODS",
+    "MergedVideo",
+    "MergingSettings",
+    "Method",
+    "TokenKind",
+    "VideoTokens",
+    "merge_hidden_states",
+    "merge_video_tokens",
+    "segment_frames",
+]

@@ -1,0 +1,54 @@
+"""
+What can shorten a video before the decoder, by name: the one list of methods.
+
+A new method is a file in `methods/` and a line here. Settings accept its name, checkpoints carry its file, and the
+evaluation compares it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .methods.average_pooling import merge_average_pooling
+from .methods.fixed_windows import merge_fixed_windows
+from .methods.frame_subsampling import merge_frame_subsampling
+from .methods.holitom import merge_holitom
+from .methods.random_tokens import merge_random_tokens
+from .methods.visionzip import merge_visionzip
+
+
+if TYPE_CHECKING:
+    from .merged_video import MergedVideo
+    from .settings import MergingSettings
+    from .video_tokens import VideoTokens
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way to shorten one video before the decoder.
+
+    Attributes:
+        merge: Takes a [`VideoTokens`], checked, and the settings. Its `newline` is `None` where no rows end with one.
+        label: Its name in tables.
+        group: `"published"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared with it
+            alone).
+        short_name: What `holitom-hf evaluate --methods` calls it, where that is not its name.
+    """
+
+    merge: Callable[[VideoTokens, MergingSettings], MergedVideo]
+    label: str
+    group: str = "published"
+    short_name: str | None = None
+
+
+METHODS = {
+    "holitom": Method(merge_holitom, "HoliTom"),
+    "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
+    "visionzip": Method(merge_visionzip, "VisionZip"),
+    "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames"),
+    "random_tokens": Method(merge_random_tokens, "random tokens", "control", "random"),
+    "average_pooling": Method(merge_average_pooling, "average pooling", "control", "pooling"),
+}

@@ -1,0 +1,131 @@
+"""The settings of the method, as plain values: what stages 1 to 3 need to know."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from .inner import INNER_METHODS
+from .registry import METHODS
+
+
+def check_number(owner: str, name: str, value: Any, allowed: str, is_allowed) -> None:
+    """Raises a `TypeError` or `ValueError` unless `value` is a finite number that `is_allowed`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}.{name} must be a number {allowed}, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or not is_allowed(value):
+        raise ValueError(f"{owner}.{name} must be a number {allowed}, got {value!r}")
+
+
+def check_integer(owner: str, name: str, value: Any, minimum: int, is_optional: bool) -> None:
+    """Raises a `TypeError` or `ValueError` unless `value` is an integer of at least `minimum`, or `None` if it may."""
+    allowed = f"an integer >= {minimum}" + (" or None" if is_optional else "")
+    if value is None and is_optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}.{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{owner}.{name} must be {allowed}, got {value!r}")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+@dataclass
+class MergingSettings:
+    """
+    Settings of HoliTom's token compression (arXiv 2505.21334).
+
+    Args:
+        retention_ratio: Share of a video's visual tokens that stages 1 and 2 keep, 0 < R <= 1 (R, section 3.2).
+            At 1.0 these stages do nothing.
+        similarity_threshold: Cosine similarity above which a token repeats the next frame's (tau, section 3.1).
+        max_segment_frames: Longest segment in frames; `None` sets no limit.
+        cluster_neighbors: Number of nearest neighbours in the density of DPC-KNN.
+        cluster_center_weight: Weight of a cluster's centre against the mean of its members (beta).
+        contextual_ratio: Share of a frame's kept dynamic tokens that is clustered instead of selected.
+        inner_merge_layer: Decoder layer before which stage 3 runs (k, section 3.3); `None` leaves stage 3 out.
+        inner_merge_ratio: Share of the visual tokens that stage 3 merges away, 0 <= r < 1.
+        outer_method: What shortens the video before the decoder: a name in [`METHODS`] (`"holitom"`, its ablation
+            `"fixed_windows"`, a baseline) or `"none"`.
+        inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`.
+        newline_position: `"end"`: one newline token after the video (LLaVA-OneVision); `"row"`: one after every
+            row of the grid that kept a token (LLaVA-Video).
+
+    Raises:
+        TypeError, ValueError: When made or changed, naming the field, the value and what is allowed.
+    """
+
+    retention_ratio: float = 0.15
+    similarity_threshold: float = 0.80
+    max_segment_frames: int | None = None
+    cluster_neighbors: int = 7
+    cluster_center_weight: float = 0.6
+    contextual_ratio: float = 0.0
+    inner_merge_layer: int | None = 18
+    inner_merge_ratio: float = 0.5
+    outer_method: str = "holitom"
+    inner_method: str = "merge"
+    newline_position: str = "end"
+
+    # By field: raises an error unless a value is allowed. A subclass with more fields adds theirs.
+    checks: ClassVar[dict[str, Any]] = {
+        "retention_ratio": lambda *field: check_number(*field, "with 0 < R <= 1", lambda value: 0 < value <= 1),
+        "similarity_threshold": lambda *field: check_number(*field, "in [-1, 1]", lambda value: -1 <= value <= 1),
+        "max_segment_frames": lambda *field: check_integer(*field, minimum=1, is_optional=True),
+        "cluster_neighbors": lambda *field: check_integer(*field, minimum=1, is_optional=False),
+        "cluster_center_weight": lambda *field: check_number(*field, "in [0, 1]", lambda value: 0 <= value <= 1),
+        "contextual_ratio": lambda *field: check_number(*field, "in [0, 1]", lambda value: 0 <= value <= 1),
+        "inner_merge_layer": lambda *field: check_integer(*field, minimum=1, is_optional=True),
+        "inner_merge_ratio": lambda *field: check_number(*field, "with 0 <= r < 1", lambda value: 0 <= value < 1),
+        "outer_method": lambda *field: check_choice(*field, (*METHODS, "none")),
+        "inner_method": lambda *field: check_choice(*field, (*INNER_METHODS, "none")),
+        "newline_position": lambda *field: check_choice(*field, ("end", "row")),
+    }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.checks:
+            raise AttributeError(
+                f"{type(self).__name__} has no field {name!r}; its fields are {', '.join(self.checks)}"
+            )
+        self.checks[name](type(self).__name__, name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def has_outer_stage(self) -> bool:
+        """Whether the video is shortened before the decoder (stages 1 and 2)."""
+        return self.outer_method != "none" and self.retention_ratio < 1
+
+    @property
+    def has_inner_stage(self) -> bool:
+        """Whether the video is shortened inside the decoder (stage 3)."""
+        return self.inner_method != "none" and self.inner_merge_layer is not None and self.inner_merge_ratio > 0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is shortened at all, so that the model is upstream's to the bit."""
+        return not (self.has_outer_stage or self.has_inner_stage)
+
+    def check_decoder_depth(self, num_hidden_layers: int) -> None:
+        """Raises a `ValueError` if stage 3 is to run at a layer that a decoder of this depth does not have."""
+        if self.has_inner_stage and self.inner_merge_layer >= num_hidden_layers:
+            raise ValueError(
+                f"{type(self).__name__}.inner_merge_layer is {self.inner_merge_layer}, but the decoder has "
+                f"{num_hidden_layers} layers: choose 1 to {num_hidden_layers - 1}, or None to leave stage 3 out"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a dictionary of JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        """Makes settings from a dictionary; a key that is no field raises a `ValueError` naming it."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"{cls.__name__} has no field {names}; its fields are {', '.join(sorted(known))}")
+        return cls(**values)

@@ -1,0 +1,371 @@
+"""The compressing forward: what backbones do between vision tower and decoder, and the hooks they fill."""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..configuration import HoliTomConfig
+from ..merging.merged_video import MergedVideo
+from ..merging.outer import merge_videos
+from ..merging.video_tokens import VideoTokens
+from ..sequence.compaction import compact_prompt
+from ..sequence.compressed_sequence import CompressedSequence
+from ..sequence.inner_stage import InnerStage
+from ..sequence.placeholders import cached_length, check_mask, check_position_ids, last_real, token_positions
+from .outputs import CompressedOutput
+
+
+class CompressingModelMixin:
+    """
+    For the model of a backbone, before upstream's class: its videos are shortened before the decoder and inside it.
+
+    The class encodes videos and images in upstream's `get_video_features` and `get_image_features`, and hands them to
+    [`compressing_forward`]. What differs between backbones are these hooks:
+
+    - [`video_tokens`]: what was encoded, as the method wants it;
+    - [`token_slots`]: which of a video's placeholders its tokens take;
+    - [`full_positions`], [`renumbered`], [`next_position`]: where tokens stand;
+    - [`decoder_inputs`]: further feature maps on their way to the decoder;
+    - [`upstream_video`], [`insert_images`], [`media_fields`]: the shapes upstream gives to its own.
+    """
+
+    output_class: type[CompressedOutput]
+
+    def video_tokens(self, video: BaseModelOutputWithPooling) -> list[VideoTokens]:
+        """Hook: the videos of what [`get_video_features`] returns, frame by frame. Every backbone has its own."""
+        return video.videos
+
+    def token_slots(self, merged: MergedVideo, video: VideoTokens) -> torch.Tensor | None:
+        """
+        Hook: which of a video's placeholders each of its tokens takes, (N,) int64 without repetition; `None`: the
+        first ones. Tokens are then ordered by them.
+        """
+        return None
+
+    def full_positions(self, start: torch.Tensor, is_real: torch.Tensor, **position_inputs) -> torch.Tensor:
+        """
+        Hook: positions of a call's tokens if none of them were dropped.
+
+        Args:
+            start: (B, 1), the position that follows what is cached.
+            is_real: (B, L) bool, False at padding.
+            position_inputs: As [`compressing_forward`] was given.
+
+        Returns:
+            (B, L), or (A, B, L) for A position axes.
+        """
+        return start + is_real.cumsum(1) - 1
+
+    def renumbered(self, positions: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:
+        """Hook: what becomes of `positions` where tokens are dropped: here, those after them move up."""
+        return positions - is_dropped.cumsum(1)
+
+    def next_position(self, positions: torch.Tensor, is_real: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """
+        Hook: the position of the text token that follows a call, (B, 1).
+
+        Args:
+            positions: (B, L) or (A, B, L), of the call.
+            is_real: (B, L) bool.
+            start: (B, 1), for rows in which nothing is real.
+        """
+        if positions.ndim == 3:
+            positions = positions.amax(0)
+        last = positions.gather(1, last_real(is_real, is_real.shape[1]))
+        return torch.where(is_real.any(1, keepdim=True), last + 1, start)
+
+    def decoder_inputs(self, maps: list[torch.Tensor], video_mask: torch.Tensor) -> dict:
+        """
+        Hook: the decoder's arguments for further feature maps.
+
+        Args:
+            maps: Each (N, E), of the merged tokens in the order of the prompts.
+            video_mask: (B, N) bool, where these tokens stand.
+        """
+        return {}
+
+    def upstream_video(self, video: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+        """Hook: encoded videos as upstream's forward takes them."""
+        return video
+
+    def insert_images(
+        self, input_ids, inputs_embeds: torch.Tensor, image: BaseModelOutputWithPooling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hook: `inputs_embeds` with images in their placeholders, and the images' features."""
+        features = torch.cat(list(image.pooler_output), dim=0).to(inputs_embeds)
+        mask, _ = self.get_placeholder_mask(input_ids, inputs_embeds, image_features=features)
+        return inputs_embeds.masked_scatter(mask, features), features
+
+    def media_fields(self, image_features: torch.Tensor | None, video: BaseModelOutputWithPooling | None) -> dict:
+        """Hook: fields of the output that upstream's has, too."""
+        return {}
+
+    def settings_for(self, holitom_config: HoliTomConfig | dict | str | None) -> HoliTomConfig:
+        """The settings of a call: what it passes, or the model's."""
+        return self.config.holitom_config if holitom_config is None else HoliTomConfig.coerce(holitom_config)
+
+    def compressing_forward(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        encoders: dict[str, tuple[str, Callable[[], BaseModelOutputWithPooling]]],
+        settings: HoliTomConfig,
+        prompt_length: int | None = None,
+        position_inputs: dict | None = None,
+        **decoder_kwargs,
+    ) -> CompressedOutput:
+        """
+        A forward pass whose decoder runs on fewer video tokens than there are placeholders.
+
+        Args:
+            input_ids, inputs_embeds: (B, L) or (B, L, D), one of them.
+            attention_mask: (B, P+L), P the positions passed before with this cache, dropped ones included.
+            position_ids: As for the uncompressed sequence.
+            past_key_values, use_cache: As upstream.
+            mm_encoder_outputs: `"video"` and `"image"` where they are encoded already.
+            encoders: For each of `"video"` and `"image"` that comes as pixels, its argument and what encodes it.
+            settings: Of this call.
+            prompt_length: Number of leading positions (P included) that are the prompt; `None`: all.
+            position_inputs: What [`full_positions`] needs beside the mask.
+            decoder_kwargs: For the decoder.
+
+        Returns:
+            The class's `output_class`; upstream's output where nothing is or was compressed.
+
+        Raises:
+            ValueError: If placeholders and videos don't match, a mask or position ids have a wrong shape, or the
+                settings don't fit the decoder.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        settings.check_decoder_depth(self.config.text_config.num_hidden_layers)
+        batch_size, num_new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        past = CompressedSequence.of(past_key_values, num_new)
+        if past is not None:
+            past = past.for_batch(batch_size)
+        encoded = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
+        has_video = "video" in encoders or encoded.get("video") is not None
+        is_plain = past is None and (settings.is_identity or not has_video)
+        if isinstance(attention_mask, torch.Tensor) and not is_plain:
+            seen = past.seen_length(past_key_values) if past is not None else cached_length(past_key_values)
+            check_mask(attention_mask, (batch_size, seen + num_new))
+        for kind, (argument, encode) in encoders.items():
+            if encoded.get(kind) is not None:
+                raise ValueError(f"pass either {argument} or mm_encoder_outputs['{kind}'], not both")
+            encoded[kind] = encode()
+
+        decoder_kwargs = {"past_key_values": past_key_values, "use_cache": use_cache, **decoder_kwargs}
+        if is_plain:
+            if encoded.get("video") is not None:
+                encoded["video"] = self.upstream_video(encoded["video"])
+            return super().forward(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                mm_encoder_outputs=encoded,
+                return_dict=True,
+                **decoder_kwargs,
+            )
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        _, video_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        image_features = None
+        if encoded.get("image") is not None:
+            inputs_embeds, image_features = self.insert_images(input_ids, inputs_embeds, encoded["image"])
+        fields = self.media_fields(image_features, encoded.get("video"))
+        if encoded.get("video") is None:
+            return self._continue(inputs_embeds, attention_mask, position_ids, past, fields, decoder_kwargs)
+        return self._compress(
+            inputs_embeds,
+            video_mask[..., 0],
+            self.video_tokens(encoded["video"]),
+            attention_mask,
+            position_ids,
+            past,
+            settings,
+            prompt_length,
+            position_inputs or {},
+            fields,
+            decoder_kwargs,
+        )
+
+    def _continue(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.Tensor | None,
+        past: CompressedSequence,
+        fields: dict,
+        decoder_kwargs: dict,
+    ) -> CompressedOutput:
+        """A call without a new video on a cache that was compressed: only masks and positions change."""
+        num_new = inputs_embeds.shape[1]
+        outer_mask = inner_mask = None
+        if isinstance(attention_mask, dict):
+            outer_mask = attention_mask
+        elif past.is_padded or attention_mask is not None or position_ids is None:
+            num_after = past.seen_length(decoder_kwargs["past_key_values"]) - past.full_length + num_new
+            total = past.including(num_after, attention_mask)
+            if total.is_padded:
+                outer_mask, inner_mask = total.outer_mask, total.inner_mask
+        if position_ids is not None:
+            position_ids = position_ids - past.position_offset[:, None]
+        else:
+            after = total.outer_mask[:, past.outer_mask.shape[1] :]
+            position_ids = (past.next_position + after.cumsum(1) - 1)[:, -num_new:].clamp_min(0)
+        if past.inner_layer is not None:
+            stage = InnerStage(layer=past.inner_layer)
+            if inner_mask is not None:
+                stage.past_mask, stage.mask = inner_mask[:, :-num_new], inner_mask[:, -num_new:]
+                stage.is_padded = True
+            decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=outer_mask, position_ids=position_ids, **decoder_kwargs
+        )
+        return self.output_class(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **fields,
+        )
+
+    def _compress(
+        self,
+        inputs_embeds: torch.Tensor,
+        video_mask: torch.Tensor,
+        videos: list[VideoTokens],
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past: CompressedSequence | None,
+        settings: HoliTomConfig,
+        prompt_length: int | None,
+        position_inputs: dict,
+        fields: dict,
+        decoder_kwargs: dict,
+    ) -> CompressedOutput:
+        """A call with videos: merge them, drop the placeholders they no longer need, run the decoder on the rest."""
+        batch_size, num_new = inputs_embeds.shape[:2]
+        device = inputs_embeds.device
+        num_cached = cached_length(decoder_kwargs["past_key_values"])
+        if past is None:
+            past = CompressedSequence.uncompressed(num_cached, attention_mask, batch_size, device)
+        past = past.including(num_cached - past.outer_mask.shape[1], attention_mask)
+        is_real = torch.ones_like(video_mask)
+        if attention_mask is not None:
+            is_real = attention_mask[:, past.full_length :].to(is_real)
+
+        # Stages 1 and 2.
+        merged, embeddings = merge_videos(videos, settings)
+        slots = [self.token_slots(tokens, video) for tokens, video in zip(merged, videos)]
+        merged, embeddings, slots = in_slot_order(merged, embeddings, slots)
+        num_slots = [video.num_slots for video in videos]
+        prompt = compact_prompt(inputs_embeds, video_mask, is_real, embeddings, num_slots, slots)
+        packed, videos_of_row = prompt.packed, prompt.videos_of_row
+        if videos[0].maps:
+            maps = zip(*([tokens.apply(map_) for map_ in video.maps] for tokens, video in zip(merged, videos)))
+            decoder_kwargs = decoder_kwargs | self.decoder_inputs(
+                [torch.cat(map_) for map_ in maps], prompt.video_mask
+            )
+
+        # Where the tokens that are left stand: by the count of all, less what was dropped.
+        full = self.full_positions(past.next_position, is_real, **position_inputs)
+        positions = self.renumbered(full, prompt.is_dropped)
+        next_position = self.next_position(positions, is_real, past.next_position)
+        num_skipped = self.next_position(full, is_real, past.next_position) - next_position
+        if position_ids is not None:
+            check_position_ids(position_ids, num_new, full.ndim)
+            positions = self.renumbered(position_ids - past.position_offset[:, None], prompt.is_dropped)
+        positions = positions.gather(-1, packed.index.expand_as(positions[..., : packed.index.shape[1]]))
+        positions = positions.masked_fill(~packed.mask, 0)
+
+        # Stage 3 runs inside the decoder.
+        outer_mask = torch.cat([past.outer_mask, packed.mask], dim=1)
+        is_padded = past.is_padded or packed.is_padded
+        layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
+        if layer is not None:
+            stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached)
+            if settings.has_inner_stage:
+                num_tokens = [len(tokens) for tokens in embeddings]
+                stage.videos = token_positions(prompt.video_mask, videos_of_row, num_tokens)
+                stage.merge_ratio, stage.fold = settings.inner_merge_ratio, settings.inner_method == "merge"
+                stage.num_real, stage.padding_side = packed.num_kept, packed.padding_side
+                num_prompt = num_new if prompt_length is None else prompt_length - past.full_length
+                stage.query = packed.last_kept.gather(1, last_real(is_real, num_prompt))[:, 0]
+            decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
+        outputs = self.language_model(
+            inputs_embeds=prompt.embeds,
+            attention_mask=outer_mask if is_padded else None,
+            position_ids=positions,
+            **decoder_kwargs,
+        )
+
+        survivors = getattr(outputs, "survivors", None)
+        output_index, inner_mask, inner_keep = packed.last_kept, packed.mask, None
+        if survivors is not None:
+            survivors = survivors.to(device)
+            output_index = survivors.last_kept.gather(1, output_index)
+            inner_mask = survivors.mask
+            inner_keep = [
+                survivors.row(row) - packed.row_start(row) if of_row else None
+                for row, of_row in enumerate(videos_of_row)
+            ]
+        merged_videos = [[merged[v] for v in of_row] for of_row in videos_of_row]
+        if outputs.past_key_values is not None:
+            CompressedSequence(
+                full_length=past.full_length + num_new,
+                outer_mask=outer_mask,
+                inner_mask=torch.cat([past.inner_mask, inner_mask], dim=1),
+                inner_layer=layer,
+                next_position=next_position,
+                position_offset=past.position_offset + num_skipped[:, 0],
+                is_padded=is_padded or (survivors is not None and survivors.is_padded),
+                merged_videos=merged_videos,
+                inner_keep=inner_keep if inner_keep is not None else [None] * batch_size,
+            ).attach(outputs.past_key_values)
+        return self.output_class(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            merged_videos=merged_videos,
+            inner_keep=inner_keep,
+            output_index=output_index,
+            **fields,
+        )
+
+
+def in_slot_order(
+    merged: list[MergedVideo], embeddings: list[torch.Tensor], slots: list[torch.Tensor | None]
+) -> tuple[list[MergedVideo], list[torch.Tensor], list[torch.Tensor | None]]:
+    """
+    Tokens in the order of the placeholders they take.
+
+    Args:
+        merged: The V videos after merging.
+        embeddings: What goes into the prompt for each: its tokens, and a newline behind them where the model has one.
+        slots: For each the (N,) placeholders its tokens take, or `None` for the first ones.
+
+    Returns:
+        The same, sorted by `slots`; a newline behind a video takes the last of its placeholders.
+    """
+    ordered = []
+    for video, tokens, taken in zip(merged, embeddings, slots):
+        if taken is not None:
+            order = taken.argsort()
+            video, taken = video.in_order_of(order), taken[order]
+            if len(tokens) > len(order):
+                end = torch.full_like(taken[:1], video.num_input_tokens)
+                taken, order = torch.cat([taken, end]), torch.cat([order, torch.full_like(end, len(order))])
+            tokens = tokens[order]
+        ordered.append((video, tokens, taken))
+    return tuple(map(list, zip(*ordered)))

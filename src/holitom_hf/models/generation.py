@@ -1,0 +1,141 @@
+"""`generate` on videos whose cache is shorter than what the caller counts."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+
+from ..sequence.compressed_sequence import CompressedSequence
+from ..sequence.placeholders import cached_length
+
+
+logger = logging.get_logger(__name__)
+
+# Of `forward`, besides upstream's.
+OWN_ARGUMENTS = ("holitom_config", "vision_batch_size", "prompt_length")
+
+
+class HoliTomGenerationMixin:
+    """The overrides of `GenerationMixin` that compressed videos need."""
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        """
+        Overrides GenerationMixin: checks the placeholders before videos are encoded, keeps the settings for `forward`
+        that encoding takes too, and notes where the prompt ends, so that stage 3 asks its last token also where the
+        first forward pass holds more than the prompt (assisted decoding) or every one does (`use_cache=False`).
+        """
+        tokens = model_kwargs.get("input_ids", inputs_tensor)
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        # A later turn passes the whole conversation, or its new tokens and a mask of the whole.
+        total = (
+            mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", inputs_tensor.shape[1])
+        )
+        past = CompressedSequence.of(cache, num_new_tokens=2)
+        seen = past.seen_length(cache) if past is not None else cached_length(cache)
+        if model_kwargs.get("pixel_values_videos") is not None:
+            is_ids = tokens.ndim == 2 and tokens.shape[1] > 0
+            new_ids = tokens[:, seen:] if is_ids and tokens.shape[1] == total else tokens
+            self.model.check_placeholders(new_ids if is_ids else None, model_kwargs["pixel_values_videos"])
+        kept = {"prompt_length": total} | {
+            name: model_kwargs[name]
+            for name in ("holitom_config", "prompt_length")
+            if model_kwargs.get(name) is not None
+        }
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+        return model_kwargs | kept
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        """Overrides GenerationMixin: an assistant of another kind is spared the arguments that only we take."""
+        if assistant_model is not None and not isinstance(assistant_model, HoliTomGenerationMixin):
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """Overrides GenerationMixin: a prompt with videos is not cut into chunks, since merging needs them whole."""
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        if generation_config.prefill_chunk_size is not None and encoded.get("video") is not None:
+            logger.warning_once("prefill_chunk_size is ignored for prompts with videos: merging needs them whole.")
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """Overrides GenerationMixin: what travels with a video's features is repeated for every beam as they are."""
+        video = mm_encoder_output.get("video")
+        if getattr(video, "importance", None) is not None:
+            indices = [torch.full((len(features),), v) for v, features in enumerate(video.pooler_output)]
+            repeated = (
+                super()
+                ._expand_multimodal_outputs(
+                    input_ids, {"video": BaseModelOutputWithPooling(pooler_output=indices)}, expand_size, inputs_embeds
+                )["video"]
+                .pooler_output
+            )
+            order = [int(index[0]) for index in repeated]
+            for name in video.per_video:
+                if getattr(video, name) is not None:
+                    setattr(video, name, [getattr(video, name)[v] for v in order])
+        return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, expand_size, inputs_embeds)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """
+        Overrides GenerationMixin.prepare_inputs_for_generation: what a compressed cache has seen is more than what it
+        holds, so that a later turn is cut by the former.
+        """
+        if is_first_iteration and next_sequence_length is not None:
+            past = CompressedSequence.of(past_key_values, num_new_tokens=2)
+            if past is not None:
+                sequence = inputs_embeds if inputs_embeds is not None else input_ids
+                next_sequence_length = sequence.shape[1] - past.seen_length(past_key_values)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, is_first_iteration=False, **kwargs
+    ):
+        """
+        Overrides transformers.masking_utils.create_masks_for_generate, for caches that compile: a prompt keeps its 2D
+        mask, since what it drops is not known yet; later steps get masks of what the layers hold.
+        """
+        past = CompressedSequence.of(past_key_values, num_new_tokens=2 if is_first_iteration else 1)
+        if is_first_iteration:
+            return attention_mask
+        if past is None:
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        past = past.for_batch(inputs_embeds.shape[0])
+        layers = {"full_attention": (0, past.outer_mask)}
+        if past.inner_layer is not None:
+            layers["inner_attention"] = (past.inner_layer, past.inner_mask)
+        masks = {}
+        for name, (layer_idx, mask) in layers.items():
+            # Every place after the compressed ones may be taken: causality leaves out those that are not yet.
+            num_places, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], layer_idx)
+            mask = F.pad(mask, (0, num_places - mask.shape[1]), value=True) if past.is_padded else None
+            masks[name] = create_causal_mask(
+                config.get_text_config(), inputs_embeds, mask, past_key_values, layer_idx=layer_idx
+            )
+        return masks

@@ -1,0 +1,132 @@
+"""From pixels to features: the vision tower of LLaVA-OneVision, with what each token receives of its attention."""
+
+import torch
+from torch import nn
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from ...configuration import HoliTomConfig
+from ...merging.video_tokens import VideoTokens
+from ...sequence.placeholders import assign_videos
+from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once
+from ..vision_importance import vision_importance
+
+
+class LlavaOnevisionVisionMixin:
+    """The part of `LlavaOnevisionModel` that encodes videos."""
+
+    def check_placeholders(self, input_ids: torch.Tensor | None, pixel_values_videos) -> None:
+        """
+        Raises a `ValueError` if the prompts' video placeholders don't fit the videos, before anything is computed.
+
+        Args:
+            input_ids: (B, L); with `None` (`inputs_embeds`) nothing is checked yet.
+            pixel_values_videos: As in `forward`.
+        """
+        for index, frames in enumerate(pixel_values_videos):
+            if frames.ndim != 4 or 0 in frames.shape:
+                raise ValueError(
+                    f"video {index} has shape {tuple(frames.shape)}; expected (frames, channels, height, width)"
+                )
+        if input_ids is not None:
+            tokens_per_frame = self.config.tokens_per_frame
+            expected = [len(frames) * tokens_per_frame + 1 for frames in pixel_values_videos]
+            assign_videos((input_ids == self.config.video_token_id).sum(1).tolist(), expected)
+
+    def video_tokens(self, video: HoliTomVideoFeatures) -> list[VideoTokens]:
+        """Overrides CompressingModelMixin.video_tokens: F*T+1 features of a video, the newline last."""
+        importance, keys = getattr(video, "importance", None), getattr(video, "keys", None)
+        videos = []
+        for index, tokens in enumerate(video.pooler_output):
+            frames = tokens[:-1].view(-1, self.config.tokens_per_frame, tokens.shape[-1])
+            videos.append(
+                VideoTokens(
+                    frames,
+                    importance[index].to(frames.device) if importance is not None else None,
+                    keys[index].to(frames.device) if importance is not None and keys is not None else None,
+                    newline=tokens[-1],
+                )
+            )
+        return videos
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor | list[torch.Tensor],
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_batch_size: int | None = None,
+        holitom_config: HoliTomConfig | dict | str | None = None,
+        **kwargs,
+    ) -> HoliTomVideoFeatures:
+        """
+        Overrides LlavaOnevisionModel.get_video_features: videos may differ in their number of frames, frames go
+        through the vision tower in chunks, and what each token receives of the attention travels along. Pixels that
+        are not yet on the tower's GPU are copied there while the chunk before is encoded.
+
+        Args:
+            pixel_values_videos: (V, F, C, H, W), or a list of V tensors (F_v, C, H, W).
+            vision_batch_size: Number of frames that go through the vision tower at once; `None`: all where the
+                settings change nothing, else what the device's memory allows.
+            holitom_config: Settings the videos will be merged with; default: the model's. Importance is left out
+                where they don't need it.
+            The rest: as upstream.
+
+        Raises:
+            ValueError: If pixels are not finite, or `vision_batch_size` is below 1.
+        """
+        settings = self.settings_for(holitom_config)
+        if vision_batch_size is not None and vision_batch_size < 1:
+            raise ValueError(f"vision_batch_size must be at least 1 or None, got {vision_batch_size}")
+        num_frames = [len(frames) for frames in pixel_values_videos]
+        is_even = isinstance(pixel_values_videos, torch.Tensor)
+        pixels = pixel_values_videos.flatten(0, 1) if is_even else torch.cat(list(pixel_values_videos))
+        check_finite(pixels, num_frames)
+
+        feature_layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        hidden_index, layer = self.importance_layer(feature_layers)
+        features, importance, keys = [], [], []
+        if vision_batch_size is None:
+            vision_batch_size = len(pixels) if settings.is_identity else self.frames_per_chunk(len(pixels))
+        for chunk in chunks_on_device(pixels, vision_batch_size, self.vision_tower.device):
+            outputs = super().get_video_features(
+                chunk[None],
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                output_hidden_states=[*feature_layers, hidden_index],
+                return_dict=True,
+                **kwargs,
+            )
+            features.append(outputs.pooler_output[0, :-1])
+            if settings.has_outer_stage:
+                received, head_mean = vision_importance(layer, outputs.hidden_states[hidden_index])
+                if vision_feature_select_strategy == "default":
+                    received, head_mean = received[:, 1:], head_mean[:, 1:]
+                importance.append(self.apply_pooling(received[..., None])[..., 0])
+                keys.append(self.apply_pooling(head_mean))
+
+        features = torch.cat(features).view(len(pixels), -1, features[0].shape[-1])
+        newline = self.image_newline[None].to(features)
+        videos = [torch.cat([frames.flatten(0, 1), newline]) for frames in features.split(num_frames)]
+        return HoliTomVideoFeatures(
+            pooler_output=torch.stack(videos) if is_even else videos,
+            importance=list(torch.cat(importance).split(num_frames)) if importance else None,
+            keys=list(torch.cat(keys).split(num_frames)) if keys else None,
+        )
+
+    def frames_per_chunk(self, num_frames: int) -> int:
+        """How many frames the device has the memory for, in chunks of equal size."""
+        tower, config = self.vision_tower, self.config.vision_config
+        num_patches = (config.image_size // config.patch_size) ** 2
+        values = num_patches * (2 * config.intermediate_size + 8 * config.hidden_size)
+        if config._attn_implementation == "eager":
+            values += 3 * config.num_attention_heads * num_patches**2
+        return frames_at_once(num_frames, values * tower.dtype.itemsize, tower.device)
+
+    def importance_layer(self, feature_layers: list[int]) -> tuple[int, nn.Module]:
+        """The vision layer whose output feeds the projector (the last if several do), and its input's hidden state."""
+        layers = self.vision_tower.encoder.layers
+        output_index = max(index % (len(layers) + 1) for index in feature_layers)
+        if output_index == 0:
+            raise ValueError("vision_feature_layer 0 is the embedding: no attention tells what matters")
+        return output_index - 1, layers[output_index - 1]

@@ -1,0 +1,30 @@
+"""
+The one list of backbones. A new one is a folder beside this file, with `backbone.py`, `configuration.py`,
+`modeling.py` and `processing.py`, and its name here.
+"""
+
+import importlib
+
+from ..checkpoints.backbone import Backbone
+
+
+FOLDERS = ("llava_onevision",)
+
+
+def backbones() -> dict[str, Backbone]:
+    """The backbones by `model_type`; none of their classes is imported."""
+    found = [importlib.import_module(f".{folder}.backbone", __package__).BACKBONE for folder in FOLDERS]
+    return {backbone.model_type: backbone for backbone in found}
+
+
+def backbone_class(backbone: Backbone, role: str) -> type:
+    """
+    One of a backbone's classes, imported when asked for.
+
+    Args:
+        backbone: Which one.
+        role: `"config"`, `"model"`, `"generation"`, `"processor"` or `"video_processor"`.
+    """
+    file = {"config": "configuration", "model": "modeling", "generation": "modeling"}.get(role, "processing")
+    module = importlib.import_module(f".{backbone.model_type}.{file}", __package__)
+    return getattr(module, getattr(backbone, role))

@@ -1,0 +1,151 @@
+"""Full length outside, short inside: how the sequence a caller holds maps onto the shorter ones in the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..merging.merged_video import MergedVideo
+
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+
+@dataclass
+class CompressedSequence:
+    """
+    What a cache must remember of the tokens that were dropped, so that a caller can go on counting all of them.
+
+    It belongs to one cache and is found on it as `cache.compressed_sequence`. Tokens that came after the last
+    compressed forward pass are not in it: nothing was dropped among them.
+
+    Attributes:
+        full_length: Number of positions the caller has passed, dropped ones and padding included.
+        outer_mask: (B, N) bool, which cached positions of the layers before stage 3 are real and not padding.
+        inner_mask: (B, M) bool, the same from the layer of stage 3 on.
+        inner_layer: First of the layers that hold M positions; `None` if all hold N.
+        next_position: (B, 1) int64, the position inside of the text token that follows.
+        position_offset: (B,) int64, how much smaller position ids are inside than the caller counts.
+        is_padded: Whether a mask has a False in it (known on the host).
+        merged_videos: What stages 1 and 2 did, a list per row with an entry per video.
+        inner_keep: What stage 3 did, an entry per row: (n,) int64 indices of the surviving tokens among those that
+            entered the decoder in that row, ascending; `None` where it did not run.
+    """
+
+    full_length: int
+    outer_mask: torch.Tensor
+    inner_mask: torch.Tensor
+    inner_layer: int | None
+    next_position: torch.Tensor
+    position_offset: torch.Tensor
+    is_padded: bool
+    merged_videos: list[list[MergedVideo]] = field(default_factory=list)
+    inner_keep: list[torch.Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, cache: Cache | None, num_new_tokens: int) -> CompressedSequence | None:
+        """The record that belongs to `cache`, or `None` if nothing in it was compressed."""
+        record = getattr(cache, "compressed_sequence", None)
+        if record is None:
+            return None
+        length = cache.get_seq_length()
+        # `cache.reset()` empties the layers and knows nothing of the record. A static cache counts on the device:
+        # it is asked only where a prompt may start, never in a decoding step.
+        if (isinstance(length, int) or num_new_tokens > 1) and int(length) == 0:
+            cache.compressed_sequence = None
+            return None
+        return record
+
+    @classmethod
+    def uncompressed(cls, num_cached: int, attention_mask: torch.Tensor | None, batch_size: int, device):
+        """The record of a cache in which nothing was dropped yet, which may be empty."""
+        mask = torch.ones((batch_size, num_cached), dtype=torch.bool, device=device)
+        if attention_mask is not None:
+            mask = attention_mask[:, :num_cached].to(mask)
+        return cls(
+            full_length=num_cached,
+            outer_mask=mask,
+            inner_mask=mask,
+            inner_layer=None,
+            next_position=mask.sum(1, keepdim=True),
+            position_offset=torch.zeros(batch_size, dtype=torch.long, device=device),
+            is_padded=num_cached > 0 and attention_mask is not None,
+        )
+
+    def inner_layer_with(self, layer: int | None) -> int | None:
+        """
+        The layer from which on cache and call are shorter; `None` if all layers have the same length.
+
+        Args:
+            layer: That of the call.
+
+        Raises:
+            ValueError: If the cache was compressed from another one on.
+        """
+        if self.inner_layer is None:
+            return layer
+        if layer not in (None, self.inner_layer):
+            raise ValueError(
+                f"inner_merge_layer is {layer}, but the cache was compressed from layer {self.inner_layer} on: "
+                "use the same layer for all videos of one conversation"
+            )
+        return self.inner_layer
+
+    def attach(self, cache: Cache) -> None:
+        """Puts the record on the cache that holds the tokens."""
+        cache.compressed_sequence = self
+
+    def seen_length(self, cache: Cache) -> int:
+        """Number of positions that the caller has passed so far, with those after the last compressed pass."""
+        return self.full_length + int(cache.get_seq_length()) - self.outer_mask.shape[1]
+
+    def including(self, num_after: int, attention_mask: torch.Tensor | None) -> CompressedSequence:
+        """
+        The record with the tokens that came after the last compressed pass, none of which were dropped.
+
+        Args:
+            num_after: How many positions came after.
+            attention_mask: (B, L) of everything the caller has passed or more; `None` if there is no padding.
+        """
+        if num_after == 0:
+            return self
+        new = self.outer_mask.new_ones((self.outer_mask.shape[0], num_after))
+        if attention_mask is not None:
+            new = attention_mask[:, self.full_length : self.full_length + num_after].to(new)
+        return replace(
+            self,
+            full_length=self.full_length + num_after,
+            outer_mask=torch.cat([self.outer_mask, new], dim=1),
+            inner_mask=torch.cat([self.inner_mask, new], dim=1),
+            next_position=self.next_position + new.sum(1, keepdim=True),
+            is_padded=self.is_padded or attention_mask is not None,
+        )
+
+    def for_batch(self, batch_size: int) -> CompressedSequence:
+        """
+        The record for a batch whose rows were repeated (`cache.batch_repeat_interleave`).
+
+        Raises:
+            ValueError: If the rows can't be told from the batch size.
+        """
+        rows = self.outer_mask.shape[0]
+        if rows == batch_size:
+            return self
+        if batch_size % rows:
+            raise ValueError(
+                f"the cache was compressed for {rows} rows and is now used with {batch_size}: rows can be repeated, "
+                "but not selected"
+            )
+        repeats = batch_size // rows
+        return replace(
+            self,
+            outer_mask=self.outer_mask.repeat_interleave(repeats, 0),
+            inner_mask=self.inner_mask.repeat_interleave(repeats, 0),
+            next_position=self.next_position.repeat_interleave(repeats, 0),
+            position_offset=self.position_offset.repeat_interleave(repeats, 0),
+            merged_videos=[entry for entry in self.merged_videos for _ in range(repeats)],
+            inner_keep=[entry for entry in self.inner_keep for _ in range(repeats)],
+        )

@@ -1,0 +1,167 @@
+"""The web page: its answers, what it refuses, and a click through it in a browser."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from holitom_hf.answering.answerer import Answerer
+from holitom_hf.bundled import BUNDLED_MODEL
+
+
+gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'holitom-hf[demo]'")
+
+
+@pytest.fixture(scope="module")
+def side_by_side():
+    from holitom_hf.apps.web_page import SideBySide
+
+    answerer = Answerer(str(BUNDLED_MODEL), device="cpu")
+    answerer.load_model()
+    return SideBySide(answerer)
+
+
+def last(steps):
+    *_, end = steps
+    return end
+
+
+def told(side_by_side, video, question="What?") -> str:
+    """What a visitor reads when it goes wrong."""
+    with pytest.raises(gr.Error) as raised:
+        last(side_by_side.answer(video, question, 0.15, 0.8))
+    return raised.value.message
+
+
+def test_both_answers_grow_and_are_the_models_own(side_by_side, demo):
+    video, question = str(demo / "clip.mp4"), "How many shapes are there?"
+    steps = list(side_by_side.answer(video, question, 0.1, 0.7))
+    plain_text, plain_figures, short_text, short_figures, picture = steps[-1]
+    settings = side_by_side.settings(0.1, 0.7)
+    assert (settings.retention_ratio, settings.similarity_threshold) == (0.1, 0.7)
+    for text, figures, chosen in (
+        (plain_text, plain_figures, side_by_side.plain),
+        (short_text, short_figures, settings),
+    ):
+        prepared = side_by_side.answerer.prepare(video, question)
+        side_by_side.answerer.encode(prepared)
+        alone = side_by_side.answerer.generate(prepared, settings=chosen)
+        assert text == alone.text
+        assert f"| {alone.visual_tokens_outer} of 785" in figures
+        assert f"{alone.cache_bytes / 2**20:.1f} MiB" in figures
+    assert steps[0][2] == ""  # one after the other
+    assert all(step[4] is None for step in steps[:-1])
+    assert np.asarray(picture.convert("RGB")).std() > 20
+
+
+def test_what_a_visitor_may_get_wrong_is_one_sentence_without_a_path(side_by_side, demo, tmp_path):
+    video = str(demo / "clip.mp4")
+    assert told(side_by_side, None).startswith("Upload or record a video first")
+    assert told(side_by_side, video, "  ") == "Ask something about the video."
+    assert told(side_by_side, video, "a" * 501) == "The question is too long: at most 500 characters."
+    bad = tmp_path / "bad.mp4"
+    for content in (b"", b"no video", Path(video).read_bytes()[:3000]):
+        bad.write_bytes(content)
+        message = told(side_by_side, str(bad))
+        assert message.startswith("This file can't be read as a video.")
+        assert str(tmp_path) not in message
+    with av.open(str(bad), "w") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width = stream.height = 64
+        for second in (0, 3700):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts = second
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert told(side_by_side, str(bad)) == "The video is longer than 60 minutes: cut it first."
+
+
+def test_a_fault_of_ours_tells_nothing_of_the_machine(side_by_side, demo, monkeypatch):
+    def broken(**kwargs):
+        raise RuntimeError(f"CUDA error in {demo}")
+
+    monkeypatch.setattr(side_by_side.answerer.model, "generate", broken)
+    message = told(side_by_side, str(demo / "clip.mp4"))
+    assert message == "Something went wrong here. Try another video or question."
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The command, as a user starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "holitom_hf", "demo", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, process.stdout.read()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_only_this_machine_gets_in(server):
+    listening = Path("/proc/net/tcp").read_text()
+    addresses = re.findall(rf"([0-9A-F]{{8}}):{server:04X} 00000000:0000 0A", listening)
+    assert addresses == ["0100007F"]
+
+
+class TestBrowser:
+    @pytest.fixture(scope="class")
+    def page(self, server):
+        playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if chromium is None:
+            pytest.skip("no Chromium on this machine")
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=quiet)
+            page = browser.new_page(viewport={"width": 1200, "height": 1300})
+            page.goto(f"http://127.0.0.1:{server}/")
+            yield page
+            browser.close()
+
+    def test_a_click_through_with_a_real_file(self, page, demo, tmp_path):
+        page.locator("input[type=file]").first.set_input_files(str(demo / "clip.mp4"))
+        page.locator("video").first.wait_for(timeout=30_000)
+        page.get_by_label("Question").fill("How many shapes are there?")
+        page.get_by_role("button", name="Ask").click()
+        page.wait_for_function(
+            "['uncompressed', 'holitom'].every(id => document.querySelector(`#${id} textarea`).value)", timeout=90_000
+        )
+        page.get_by_text("KV cache").nth(1).wait_for(timeout=30_000)
+        answers = [page.locator(f"#{name} textarea").input_value() for name in ("uncompressed", "holitom")]
+        assert all(answer in ("one", "two", "three", "four", "five", "six") for answer in answers)
+        page.wait_for_timeout(1500)
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
+
+    def test_a_bad_file_gets_one_clear_message(self, page, tmp_path):
+        bad = tmp_path / "bad.mp4"
+        bad.write_bytes(b"no video at all")
+        page.reload()
+        page.locator("input[type=file]").first.set_input_files(str(bad))
+        page.wait_for_timeout(1500)
+        page.get_by_label("Question").fill("What?")
+        page.get_by_role("button", name="Ask").click()
+        toast = page.get_by_text("can't be read as a video")
+        toast.first.wait_for(timeout=30_000)
+        body = page.content()
+        assert "Traceback" not in body
+        assert str(tmp_path) not in body

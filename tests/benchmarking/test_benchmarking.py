@@ -1,0 +1,262 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from holitom_hf import HoliTomConfig
+from holitom_hf.apps.command_line.app import app
+from holitom_hf.benchmarking import model_benchmark
+from holitom_hf.benchmarking.architectures import architecture
+from holitom_hf.benchmarking.measuring import Spread, alternate, count_waits, machine, peak_bytes, threads
+from holitom_hf.benchmarking.models import contest
+from holitom_hf.benchmarking.report import compare, read_result
+from holitom_hf.benchmarking.scaling import growth, over_frames
+from holitom_hf.benchmarking.stage_benchmark import MachineLimits, run_stage_benchmark
+from holitom_hf.benchmarking.synthetic import synthetic_features
+from holitom_hf.merging import TokenKind
+from holitom_hf.merging.segmentation import frame_similarity
+
+
+CPU = torch.device("cpu")
+LIMITS = MachineLimits(bytes_per_second=1e10, operations_per_second=1e11)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def settings(**changes):
+    return HoliTomConfig(**{"retention_ratio": 0.2, "similarity_threshold": 0.65, "inner_merge_layer": 5} | changes)
+
+
+@pytest.fixture(scope="module")
+def game():
+    return contest(architecture("tiny", settings()), 4, 2, CPU, torch.float32, static_share=0.5)
+
+
+def test_both_models_are_the_same_weights_in_the_same_memory(game):
+    ours = dict(game.models["holitom"].named_parameters())
+    theirs = dict(game.models["plain"].named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(theirs[name].data_ptr() == weight.data_ptr() for name, weight in ours.items())
+    with torch.inference_mode():
+        plain = game.models["plain"](**game.inputs()).logits
+        whole = game.models["holitom"](
+            **game.inputs(), holitom_config={"retention_ratio": 1.0, "inner_method": "none"}
+        ).logits
+    assert torch.equal(plain, whole)
+    assert plain.std() > 0.01
+
+
+def test_the_model_sees_the_chosen_redundancy(game):
+    with torch.inference_mode():
+        video = game.models["holitom"](**game.inputs()).merged_videos[0][0]
+    is_static = (video.assignment[0] >= 0) & (video.kind[video.assignment[0]] == TokenKind.STATIC)
+    assert video.segments == [(0, 4)]
+    assert abs(video.num_tokens - 0.2 * 4 * 196) < 8
+    assert 0.4 < is_static.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_synthetic_features_repeat_in_the_chosen_share(share):
+    similarity = frame_similarity(synthetic_features(20, 50, 256, share, scene_frames=8))
+    is_inside = torch.arange(1, 20) % 8 != 0
+    assert ((similarity > 0.65).sum(1)[is_inside] == round(50 * share)).all()
+    assert (similarity[~is_inside] < 0.65).all()
+
+
+def test_spreads_are_quartiles():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 1)
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
+
+
+def test_functions_take_turns_and_warm_up_is_not_measured():
+    calls = []
+    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, rounds=3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert [len(values) for values in times.values()] == [3, 3]
+
+
+def test_the_peak_is_what_a_call_needs_for_a_moment():
+    peak = peak_bytes(lambda: torch.ones(2**24).sum(), CPU)
+    assert peak is None or 62 * 2**20 < peak < 80 * 2**20  # the system counts in batches of pages
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    with threads(1):
+        assert torch.get_num_threads() == 1
+        assert machine(CPU)["threads"] == 1
+    assert torch.get_num_threads() == before
+    assert torch.cuda.is_available() or count_waits(lambda: None) is None
+
+
+def spread(median, width=0.01):
+    return {"median": median, "lower": median - width, "upper": median + width, "count": 5}
+
+
+def record(times, **values):
+    steps = {name: spread(median) for name, median in times.items()}
+    return {"machine": {"device": "a processor"}, "result": {"steps": steps} | values}
+
+
+def test_a_comparison_names_what_got_worse_and_nothing_else():
+    usual = {"one": 1.0, "two": 2.0, "three": 3.0}
+    old = record(usual, cache_bytes=1000, operations={"launches": 10})
+    assert compare(old, old) == []
+    assert (
+        compare(old, record({"one": 0.5, "two": 2.1, "three": 3.0}, cache_bytes=900, operations={"launches": 9})) == []
+    )
+    worse = record({"one": 1.0, "two": 2.6, "three": 3.0}, cache_bytes=1100, operations={"launches": 11})
+    assert compare(old, worse) == [
+        "SLOWER steps/two: 2.00 s -> 2.60 s (+30%)",
+        "LARGER cache_bytes: 0.0 MiB -> 0.0 MiB",
+        "MORE operations/launches: 10 -> 11",
+    ]
+    assert compare(old, record({"one": 1.0, "two": 2.0})) == [
+        "NOT MEASURED cache_bytes",
+        "NOT MEASURED operations/launches",
+        "NOT MEASURED steps/three",
+    ]
+
+
+def test_peaks_are_larger_only_by_more_than_a_system_hands_out_at_once():
+    old, size = record({"one": 1.0}, peak_bytes=2**30), 2**30
+    assert compare(old, record({"one": 1.0}, peak_bytes=size + 50 * 2**20)) == []
+    assert compare(old, record({"one": 1.0}, peak_bytes=size + 60 * 2**20)) == [
+        "LARGER peak_bytes: 1.00 GiB -> 1.06 GiB"
+    ]
+
+
+def test_a_slower_machine_is_told_from_a_slower_step():
+    old = record({"one": 1.0, "two": 2.0, "three": 3.0})
+    new = record({"one": 1.5, "two": 4.5, "three": 4.5})
+    new["machine"] = {"device": "another"}
+    assert compare(old, new) == [
+        "device was a processor, is another",
+        "all steps together take +50%: the machine is not as it was, or all of them changed",
+        "SLOWER steps/two: 2.00 s -> 4.50 s (+125%)",
+    ]
+
+
+@pytest.fixture(scope="module")
+def bench_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(model_benchmark, "CLIP_SECONDS", 0.2)
+    options = ["--frames", 2, "--new-tokens", 2, "--redundancy", 0.5]
+    first = run(
+        *["bench", *options, "--batch-size", 2, "--rounds", 2, "--largest-batch", 2, "--out", folder / "one.json"]
+    )
+    second = run("bench", *options, "--rounds", 1, "--out", folder / "two.json", "--compare", folder / "one.json")
+    patch.undo()
+    return folder, first, second
+
+
+def test_bench_measures_every_step_of_both_models(bench_files):
+    folder, first, _ = bench_files
+    assert first.exit_code == 0, first.output
+    result = read_result(folder / "one.json")["result"]
+    both = {"decode", "preprocess", "vision_tower", "prefill", "first_token", "answer", "end_to_end"}
+    own = {"importance", "segmentation", "merging", "compaction"}
+    assert {step for step, by_model in result["steps"].items() if set(by_model) == {"plain", "holitom"}} == both
+    assert {step for step, by_model in result["steps"].items() if set(by_model) == {"holitom"}} == own
+    assert all(entry["count"] == 2 for by_model in result["steps"].values() for entry in by_model.values())
+    for answer in result["steps"]["answer"].values():
+        assert answer["lower"] > 0
+    outer, inner = result["tokens"]["outer"], result["tokens"]["inner"]
+    assert result["tokens"]["plain"] == 2 * 196 + 1 + 34
+    assert inner < outer < 0.15 * result["tokens"]["plain"] + 34
+    # Two rows, keys and values, two heads of 64 in float32; stage 3 from layer 5 of 8 on.
+    assert result["cache_bytes"]["plain"] == 2 * 2 * 2 * 64 * 4 * 8 * result["tokens"]["plain"]
+    assert result["cache_bytes"]["holitom"] == 2 * 2 * 2 * 64 * 4 * (5 * outer + 3 * inner)
+    assert set(result["throughput"]) == {"plain", "holitom"}
+    assert result["throughput"]["holitom"]["batch_size"] == 2
+    assert result["throughput"]["holitom"]["tokens_per_second"] > 0
+    for text in (
+        "first token (tower to logits)",
+        "HoliTom's own work before the decoder",
+        "throughput, holitom, batch 2",
+    ):
+        assert text in first.output
+
+
+def test_bench_compares_with_an_earlier_result(bench_files):
+    folder, _, second = bench_files
+    assert second.exit_code == 0, second.output
+    assert "NOT MEASURED throughput/plain/batch_size" in second.output
+    assert (folder / "two.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--arch", "8b"], "no architecture '8b': choose one of 0.5b, 7b, 72b, tiny"),
+        (["bench", "--retention-ratio", "1.0"], "outer_method must be holitom and retention_ratio below 1"),
+        (["bench", "--preset", "llava-onevision-7b-r10"], "inner_merge_layer"),
+        (["bench", "--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+        (["bench", "--device", "abacus"], "there is no device 'abacus'"),
+        (["bench", "--compare", "nowhere.json"], "nowhere.json"),
+        (["flops", "--model", "7b", "--retention-ratio", "0"], "retention_ratio"),
+        (["scaling", "nowhere", "--frames", "8"], "growth needs two or more numbers of frames"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps([1, 2]))
+    result = run("bench", "--compare", tmp_path / "other.json")
+    assert result.exit_code == 1
+    assert "is not a result of this benchmark" in result.output
+
+
+def test_flops_prints_the_papers_figure_and_the_exact_ones():
+    result = run("flops", "--model", "7b", "--frames", 32, "--preset", "llava-onevision-7b-r10")
+    assert result.exit_code == 0, result.output
+    rows = {line.split("|")[1].strip(): line for line in result.output.splitlines() if line.startswith("|")}
+    assert "40.77 T | 2.76 T | 6.8%" in rows["decoder, video tokens, the paper's formula"]
+    assert "20.54 T | 20.54 T | 100.0%" in rows["vision tower, exact"]
+    assert "119.61 T | 28.99 T | 24.2%" in rows["all, exact"]
+    bundled = run("flops", "--model", "bundled", "--frames", 16)
+    assert bundled.exit_code == 0
+    assert "2.29 G" in bundled.output
+
+
+def test_scaling_writes_its_table_plot_and_numbers(tmp_path):
+    options = ["--frames", 2, 4, 8, "--batch-sizes", 1, 2, "--retention-ratios", 0.1, 0.5, "--dim", 16, "--rounds", 3]
+    result = run("scaling", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    table = (tmp_path / "scaling.md").read_text()
+    assert table.strip() in result.output
+    runs = read_result(tmp_path / "scaling.json")["result"]
+    asked = [(entry["num_frames"], entry["batch_size"], entry["retention_ratio"]) for entry in runs]
+    assert asked == [(2, 1, 0.1), (4, 1, 0.1), (8, 1, 0.1), (8, 2, 0.1), (8, 1, 0.5)]
+    again = run("scaling", tmp_path / "again", *options, "--compare", tmp_path / "scaling.json")
+    assert again.exit_code == 0
+    assert "NOT MEASURED" not in again.output
+
+
+def test_growth_is_the_power_of_the_frames():
+    results = [run_stage_benchmark(settings(), frames, 16, 8, limits=LIMITS, rounds=1) for frames in (4, 8, 16, 32)]
+    for result in results:
+        for stage, power in (("similarity", 1.0), ("stage 3", 2.0)):
+            result.seconds[stage] = Spread.of([1e-3 * result.num_frames**power])
+    assert growth(results, "similarity") == pytest.approx(1.0)
+    assert growth(results, "stage 3") == pytest.approx(2.0)
+    assert over_frames(results) == results
+
+
+def test_the_floor_is_the_work_that_cannot_be_left_out():
+    result = run_stage_benchmark(settings(retention_ratio=0.5), 4, 100, 64, 0.5, limits=LIMITS, rounds=1)
+    # Reading 4 x 100 x 64 float32 once takes longer than three products for each value.
+    assert result.floor["similarity"] == pytest.approx(4 * 100 * 64 * 4 / 1e10)
+    # 50 static tokens over 4 frames are read again; what is kept is read and written.
+    moved = 4 * (4 * 100 + 50 * 4 + 2 * result.num_tokens) * 64
+    assert result.floor["stages 1+2"] == pytest.approx(moved / 1e10, rel=0.05)

@@ -1,0 +1,111 @@
+import copy
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from holitom_hf import HoliTomConfig
+from holitom_hf.benchmarking.architectures import ARCHITECTURES, architecture
+from holitom_hf.benchmarking.exact_flops import (
+    clustering_flops,
+    forward_flops,
+    importance_flops,
+    inner_merging_flops,
+    plan_video,
+    segmentation_flops,
+)
+from holitom_hf.benchmarking.models import contest
+from holitom_hf.benchmarking.synthetic import synthetic_features
+from holitom_hf.merging.flops import prefill_flops, tokens_by_layer
+from holitom_hf.merging.inner import fold_tokens
+from holitom_hf.merging.segmentation import compare_by_products
+from holitom_hf.merging.spatial import cluster_tokens
+from holitom_hf.models.vision_importance import vision_importance
+
+
+FRAMES = 3
+
+
+@pytest.fixture(scope="module")
+def game():
+    config = architecture("tiny", HoliTomConfig(retention_ratio=0.2, similarity_threshold=0.65, inner_merge_layer=5))
+    return contest(config, FRAMES, 1, torch.device("cpu"), torch.float32)
+
+
+@torch.inference_mode()
+def counted(function) -> float:
+    # The counter knows no fused attention on CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "share", "share_without_inner"),
+    [(0.25, 17.4, 21.4), (0.2, 13.8, 16.9), (0.15, 10.3, 12.5), (0.1, 6.8, 8.3)],
+)
+def test_the_papers_figures_for_7b_at_32_frames(ratio, share, share_without_inner):
+    text = architecture("7b").text_config
+    size, depth = (text.hidden_size, text.intermediate_size), text.num_hidden_layers
+    full = prefill_flops([6272] * depth, *size)
+    assert round(full / 1e12, 1) == 40.8
+    kept = 6272 * ratio
+    for layer, expected in ((18, share), (None, share_without_inner)):
+        flops = prefill_flops(tokens_by_layer(kept, kept / 2, layer, depth), *size)
+        assert 100 * flops / full == pytest.approx(expected, abs=0.06)
+
+
+def test_the_plain_model_has_the_operations_that_torch_counts(game):
+    config = game.models["holitom"].config
+    settings = HoliTomConfig(outer_method="none", inner_method="none")
+    num_text = game.input_ids.shape[1] - FRAMES * 196 - 1
+    expected = forward_flops(config, FRAMES, num_text, plan_video(settings, FRAMES, 196), settings)
+    assert counted(lambda: game.models["plain"](**game.inputs(), logits_to_keep=1)) == expected.total
+    assert expected.own == 0
+
+
+def test_the_compressed_model_has_the_operations_that_torch_counts(game):
+    model = game.models["holitom"]
+    num_text = game.input_ids.shape[1] - FRAMES * 196 - 1
+    plan = plan_video(model.config.holitom_config, FRAMES, 196, static_share=0.6)
+    expected = forward_flops(model.config, FRAMES, num_text, plan)
+    merged = model(**game.inputs()).merged_videos[0][0]
+    assert merged.segments == [(0, FRAMES)]
+    assert abs(merged.num_tokens - plan.num_tokens) <= 4  # some synthetic tokens are a little less alike than others
+    total = counted(lambda: model(**game.inputs(), logits_to_keep=1))
+    assert total == pytest.approx(expected.total, rel=0.01)
+    assert total < 0.7 * counted(lambda: game.models["plain"](**game.inputs(), logits_to_keep=1))
+
+
+def test_what_holitom_adds_has_the_operations_that_torch_counts(game):
+    model = game.models["holitom"]
+    vision, text = model.config.vision_config, model.config.text_config
+    hidden = torch.randn(2, 729, vision.hidden_size)
+    layer = model.model.vision_tower.encoder.layers[-1]
+    assert counted(lambda: vision_importance(layer, hidden)) == importance_flops(vision, 2)
+    tokens = torch.randn(2, 30, 64)
+    clusters = counted(lambda: cluster_tokens(tokens, [30, 30], [5, 5], 7, 0.6))
+    assert clusters == clustering_flops([30, 30], [5, 5], 64)
+    # Two frames at once are multiplied 2x2: the product of the second with the first is the only one too many.
+    compared = counted(lambda: compare_by_products(synthetic_features(2, 16, 64)))
+    assert compared == segmentation_flops(2, 16, 64) + 2 * 64 * 16
+    kept, folded = torch.arange(0, 10), torch.arange(10, 26)
+    fold = counted(lambda: fold_tokens(torch.randn(26, text.hidden_size), kept, folded))
+    query = inner_merging_flops(text, 40, [(10, 16)], is_folding=False)
+    assert fold == inner_merging_flops(text, 40, [(10, 16)], is_folding=True) - query
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_have_the_sizes_of_their_names(name):
+    config = architecture(name)
+    with torch.device("meta"):
+        model = LlavaOnevisionForConditionalGeneration(copy.deepcopy(config))
+    billions = sum(weight.numel() for weight in model.parameters()) / 1e9
+    assert billions == pytest.approx({"0.5b": 0.89, "7b": 8.03, "72b": 73.2, "tiny": 0.0097}[name], rel=0.02)
+
+
+def test_an_unknown_architecture_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no architecture '8b': choose one of 0\.5b, 7b, 72b, tiny"):
+        architecture("8b")

@@ -1,0 +1,215 @@
+"""`holitom-hf evaluate` on a small model with random weights: the figures, the file of answers, the tables."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from holitom_hf.answering.answerer import Answerer
+from holitom_hf.apps.command_line.app import app
+from holitom_hf.bundled.questions import write_set
+from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
+from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs
+from holitom_hf.evaluation.report import check_claims, summarize, write_report
+from holitom_hf.evaluation.running import Result, evaluate, is_right
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model and a set of questions."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    processor = tiny_processor()
+    processor.save_pretrained(folder / "model")
+    tiny_model(processor.tokenizer).save_pretrained(folder / "model")
+    write_set(folder / "questions", 10, side=112, num_frames=16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answerer(folder):
+    answerer = Answerer(str(folder / "model"), device="cpu")
+    answerer.load_model()
+    return answerer
+
+
+@pytest.fixture(scope="module")
+def asked(folder):
+    from holitom_hf.bundled.questions import read_set
+
+    return read_set(folder / "questions")
+
+
+@pytest.fixture(scope="module")
+def runs(answerer):
+    return method_runs(answerer.config.holitom_config, list(ROWS), [0.2])
+
+
+@pytest.fixture(scope="module")
+def results(answerer, folder, asked, runs, tmp_path_factory):
+    return evaluate(answerer, folder / "questions", asked, runs, tmp_path_factory.mktemp("out"), max_new_tokens=3)
+
+
+def test_every_question_is_answered_once_with_every_method(results, asked, runs):
+    assert {(r.run, r.id) for r in results} == {(run.name, question.id) for run in runs for question in asked}
+    assert len(results) == len(runs) * len(asked)
+
+
+def test_answers_are_those_of_one_question_at_a_time(answerer, folder, results, asked, runs):
+    for run in runs[:3]:
+        for question in asked[:4]:
+            inputs = answerer.prepare(str(folder / "questions" / question.video), question.text)
+            answerer.encode(inputs)
+            answer = answerer.generate(inputs, max_new_tokens=3, settings=run.settings)
+            [result] = [r for r in results if (r.run, r.id) == (run.name, question.id)]
+            assert result.answer == answer.text
+            assert (result.tokens_outer, result.tokens_inner) == (
+                answer.visual_tokens_outer,
+                answer.visual_tokens_inner,
+            )
+
+
+def test_figures(results, runs):
+    rows = {row.run: row for row in summarize(results, runs)}
+    assert rows["full"].tokens_outer == rows["full"].tokens_inner == 16 * 49 + 1
+    assert rows["full"].flops_share == rows["full"].flops_share_counted == 1
+    for name, row in rows.items():
+        assert 0 < row.flops_share <= 1
+        assert row.flops_share_counted == pytest.approx(row.flops_share, rel=0.35), name
+        assert row.accuracy_low <= row.accuracy <= row.accuracy_high
+    assert rows["holitom@0.2"].tokens_inner < rows["holitom@0.2"].tokens_outer < 0.3 * 785
+    assert rows["holitom@0.2"].flops_share < rows["holitom-outer@0.2"].flops_share
+    assert rows["fastv@0.2"].tokens_outer == 785
+    assert rows["fastv@0.2"].tokens_inner == pytest.approx(0.2 * 785, abs=1)
+
+
+def test_a_stopped_evaluation_goes_on_and_repeats_nothing(answerer, folder, asked, runs, tmp_path):
+    whole = evaluate(answerer, folder / "questions", asked, runs[:3], tmp_path, batch_size=4, max_new_tokens=3)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(lines[:8]) + lines[8][:20])  # killed while it wrote
+    again = evaluate(answerer, folder / "questions", asked, runs[:3], tmp_path, batch_size=4, max_new_tokens=3)
+    assert sorted((r.run, r.id, r.answer) for r in again) == sorted((r.run, r.id, r.answer) for r in whole)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1 + len(whole)
+
+    before = (tmp_path / "answers.jsonl").read_text()
+    evaluate(answerer, tmp_path / "no videos needed", asked, runs[:3], tmp_path)
+    assert (tmp_path / "answers.jsonl").read_text() == before
+
+
+def test_answers_of_another_set_are_not_mixed_in(answerer, folder, asked, runs, tmp_path):
+    evaluate(answerer, folder / "questions", asked[:2], runs[:1], tmp_path, max_new_tokens=1)
+    with pytest.raises(ValueError, match="another model or another set of questions"):
+        evaluate(answerer, folder / "questions", asked[:3], runs[:1], tmp_path, max_new_tokens=1)
+    weight = answerer.model.lm_head.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    try:  # a model of the same name that was trained on
+        with pytest.raises(ValueError, match="another model or another set of questions"):
+            evaluate(answerer, folder / "questions", asked[:2], runs[:1], tmp_path, max_new_tokens=1)
+    finally:
+        with torch.no_grad():
+            weight.div_(2)
+
+
+@pytest.mark.parametrize(("answer", "truth", "right"), [(" Red.", "red", True), ("red circle", "red", False)])
+def test_what_counts_as_right(answer, truth, right):
+    assert is_right(answer, truth) is right
+
+
+def made_up(run, share_right, flops, num=200):
+    return [
+        Result(run, f"q{i}", f"v{i // 4}", "color", "", i < share_right * num, 100, 50, flops, None, 0.1)
+        for i in range(num)
+    ]
+
+
+def test_claims_hold_and_do_not_hold():
+    own = replace(tiny_model(tiny_processor().tokenizer).config.holitom_config)
+    runs = method_runs(own, ["holitom", "holitom-outer", "frames"], [0.15, 0.05])
+    results = (
+        made_up("full", 0.8, 100)
+        + made_up("holitom@0.15", 0.8, 10)
+        + made_up("holitom@0.05", 0.4, 4)
+        + made_up("holitom-outer@0.15", 0.8, 12)
+        + made_up("holitom-outer@0.05", 0.6, 5)
+        + made_up("frames@0.15", 0.7, 14)
+        + made_up("frames@0.05", 0.5, 5)
+    )
+    claims = {claim.text: claim for claim in check_claims(summarize(results, runs))}
+    assert claims["HoliTom keeps >= 99% of the accuracy at R = 15%"].verdict == "holds"
+    assert claims["HoliTom at R = 15% is ahead of fewer frames at equal FLOPs"].verdict == "holds"
+    assert claims["HoliTom at R = 5% is ahead of fewer frames at equal FLOPs"].verdict == "does not hold"
+    assert claims["Stage 3 costs less than 1 point at R = 15%"].verdict == "holds"
+    assert claims["Stage 3 costs less than 1 point at R = 5%"].verdict == "does not hold"
+
+
+def test_intervals_shrink_with_the_number_of_videos():
+    runs = [Run("full", None, "full")]
+    widths = []
+    for num in (40, 4000):
+        results = made_up("full", 0.5, 1, num)
+        [row] = summarize(results, runs)
+        widths.append(row.accuracy_high - row.accuracy_low)
+        assert row.accuracy == 0.5
+        assert row.accuracy_low < 0.5 < row.accuracy_high
+    assert 6 < widths[0] / widths[1] < 15
+
+
+def test_report_holds_every_run(results, runs, answerer, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = write_report(summarize(results, runs), "holitom-hf evaluate", tmp_path)
+    assert [file.name for file in files] == ["table.md", "table.json", "accuracy_flops.png", "accuracy_types.png"]
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["run"] for row in table["rows"]] == [run.name for run in runs]
+    assert table["torch"] == torch.__version__.split("+")[0]
+    text = (tmp_path / "table.md").read_text()
+    for method in ROWS.values():
+        assert f"| {method.label} | 20% |" in text
+    for line in re.findall(r"^\|.*\|$", text, flags=re.MULTILINE):
+        assert line.count("|") >= 4
+    for file in files[2:]:
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ablations_change_one_field(answerer):
+    own = answerer.config.holitom_config
+    runs = ablation_runs(own, 8)
+    assert len({run.name for run in runs}) == len(runs)
+    assert {run.ablation for run in runs} >= {"similarity threshold tau", "layer k of stage 3", "segmentation"}
+    assert full_run(own).settings.is_identity
+    for run in runs:
+        changed = [
+            name
+            for name, value in run.settings.to_dict().items()
+            if value != replace(own, retention_ratio=0.15).to_dict().get(name)
+        ]
+        assert len(changed) <= 2
+
+
+def test_command_line(folder, tmp_path):
+    arguments = ["evaluate", "--model", str(folder / "model"), "--questions", str(folder / "questions")]
+    arguments += ["--methods", "holitom", "frames", "--retention-ratios", "0.2", "0.1", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    for row in ("| uncompressed |", "| HoliTom | 20% |", "| HoliTom | 10% |", "| fewer frames | 10% |"):
+        assert row in result.stdout
+    assert "VisionZip" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], "there is no method magic; choose from holitom"),
+        (["--retention-ratios", "1.5"], "retention_ratio must be"),
+        (["--questions", "nowhere"], "write a set with"),
+    ],
+)
+def test_bad_arguments(folder, tmp_path, arguments, message):
+    result = CliRunner().invoke(
+        app, ["evaluate", "--model", str(folder / "model"), "--out", str(tmp_path), *arguments]
+    )
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
