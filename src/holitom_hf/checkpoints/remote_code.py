@@ -1,22 +1,12 @@
-"""
-The code that a checkpoint carries, so that it runs where holitom-hf is not installed.
+"""The code that a checkpoint carries, so that it runs where holitom-hf is not installed."""
 
-transformers' dynamic modules know flat files only, which import each other by `from .name import ...`. What a
-backbone's entry files import, directly or not, is found in their syntax trees and written flat: `merging/spatial.py`
-becomes `merging_spatial.py`. Where this module itself runs as remote code it is flat already, and copied as it is.
-"""
-
-import ast
-import functools
+import importlib
 import os
-import re
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 from .backbone import Backbone
-
-
-ROOT = Path(__file__).parents[1]
-IS_PACKAGE = Path(__file__).name == "remote_code.py"  # and not `checkpoints_remote_code.py`
 
 
 def save_remote_code(save_directory: str | os.PathLike, backbone: Backbone) -> None:
@@ -26,102 +16,18 @@ def save_remote_code(save_directory: str | os.PathLike, backbone: Backbone) -> N
     Raises:
         ImportError: If they could not import each other.
     """
-    for name, source in flat_modules(backbone).items():
+    for name, source in carried_modules(backbone).items():
         (Path(save_directory) / f"{name}.py").write_text(source, encoding="utf-8")
 
 
-@functools.cache
-def flat_modules(backbone: Backbone) -> dict[str, str]:
-    """The flat modules of a backbone's checkpoints, and their sources."""
-    if IS_PACKAGE:
-        return flatten(ROOT, {name: ROOT / file for name, file in backbone.entry_files().items()})
-    # As remote code, only the files imported so far lie beside this one: importing the model does not bring the
-    # processor's. They are then left to the class that does bring them.
-    folder = Path(__file__).parent
-    beside = {name: folder / f"{name}.py" for name in backbone.entry_files()}
-    return flatten(folder, {name: file for name, file in beside.items() if file.is_file()})
-
-
-def flatten(root: Path, entries: dict[str, Path]) -> dict[str, str]:
-    """
-    Modules and all that they import relatively, as flat modules.
-
-    Args:
-        root: Folder under which all of them lie.
-        entries: Files to start from, and what to call them.
-
-    Returns:
-        Sources by flat name.
-
-    Raises:
-        ImportError: If an import can't be followed: not from a module's file, of a name it does not have, or two files
-            have the same flat name.
-    """
-    name_of = {file: name for name, file in entries.items()}
-    waiting, sources, trees = list(entries.values()), {}, {}
-    while waiting:
-        file = waiting.pop()
-        name = name_of[file]
-        if name in sources:
-            continue
-        source = file.read_text(encoding="utf-8")
-        lines, tree = source.split("\n"), ast.parse(source)
-        for node in _relative_imports(tree):
-            imported = _imported_file(file, node)
-            if imported not in name_of:
-                flat = "_".join(imported.relative_to(root).with_suffix("").parts)
-                if flat in name_of.values():
-                    raise ImportError(f"two modules would be called {flat}.py in a checkpoint; one is {imported}")
-                name_of[imported] = flat
-            waiting.append(imported)
-            lines[node.lineno - 1] = _with_module(lines[node.lineno - 1], node, name_of[imported], file)
-        sources[name] = "\n".join(lines)
-        trees[name] = ast.parse(sources[name])
-    _check_imports(trees)
-    return sources
-
-
-def _relative_imports(tree: ast.Module) -> list[ast.ImportFrom]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0]
-
-
-def _imported_file(file: Path, node: ast.ImportFrom) -> Path:
-    if node.module is None:
-        raise ImportError(f"{file}, line {node.lineno}: a checkpoint's code imports names from modules only")
-    imported = file.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
-    if not imported.is_file():
-        raise ImportError(f"{file}, line {node.lineno}: there is no {imported}, and packages have no flat form")
-    return imported
-
-
-def _with_module(line: str, node: ast.ImportFrom, name: str, file: Path) -> str:
-    """The line on which an import statement starts, with the flat name of its module."""
-    before, statement = line[: node.col_offset], line[node.col_offset :]
-    rewritten, count = re.subn(r"^from\s+\.+[\w.]*\s+import\b", f"from .{name} import", statement)
-    if count == 0:
-        raise ImportError(f"{file}, line {node.lineno}: module and `import` must stand on one line")
-    return before + rewritten
-
-
-def _check_imports(trees: dict[str, ast.Module]) -> None:
-    """Raises an `ImportError` where a flat module asks another one for something that is not in it."""
-    defined = {name: _defined_names(tree) for name, tree in trees.items()}
-    for name, tree in trees.items():
-        for node in _relative_imports(tree):
-            missing = {alias.name for alias in node.names} - defined.get(node.module, set())
-            if node.level != 1 or missing:
-                raise ImportError(f"{name}.py imports {', '.join(sorted(missing))} from {node.module}.py in vain")
-
-
-def _defined_names(tree: ast.Module) -> set[str]:
-    """Names that a module has at its top level."""
-    names = set()
-    for node in ast.walk(ast.Module([n for n in tree.body if not isinstance(n, _SCOPES)], [])):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, ast.alias):
-            names.add((node.asname or node.name).split(".")[0])
-    return names | {node.name for node in tree.body if isinstance(node, _SCOPES)}
-
-
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+def carried_modules(backbone: Backbone) -> dict[str, str]:
+    """The modules that a checkpoint of `backbone` carries, and their sources."""
+    here = Path(__file__)
+    if here.name == "remote_code.py":
+        # Not by an import statement, which would make it part of the code that is carried.
+        return importlib.import_module(".flattening", __package__).flat_package(backbone)
+    # As remote code this module lies beside the others, which are flat already. Of those only the ones imported so far
+    # are there: importing the model does not bring the processor's. They are then left to the class that does.
+    entries = [here.with_name(f"{name}.py") for name in backbone.entry_files()]
+    files = {Path(f) for e in entries if e.is_file() for f in (e, *get_relative_import_files(e))}
+    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(files)}

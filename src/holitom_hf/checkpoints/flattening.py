@@ -1,0 +1,123 @@
+"""
+From a package to flat files, which is all that transformers' dynamic modules know.
+
+What a backbone's entry files import, directly or not, is found in their syntax trees. Each module is written under its
+joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match and its docstrings
+cut to their first paragraph: whoever reads a checkpoint's code finds the rest in the file that its first line names.
+"""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+from .backbone import Backbone
+
+
+ROOT = Path(__file__).parents[1]
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+@functools.cache
+def flat_package(backbone: Backbone) -> dict[str, str]:
+    """The flat modules of a backbone's checkpoints, and their sources."""
+    return flatten(ROOT, {name: ROOT / file for name, file in backbone.entry_files().items()})
+
+
+def flatten(root: Path, entries: dict[str, Path]) -> dict[str, str]:
+    """
+    Modules and all that they import relatively, as flat modules.
+
+    Args:
+        root: Folder under which all of them lie.
+        entries: Files to start from, and what to call them.
+
+    Returns:
+        Sources by flat name.
+
+    Raises:
+        ImportError: If an import can't be followed: not from a module's file, of a name it does not have, or two files
+            have the same flat name.
+    """
+    name_of = {file: name for name, file in entries.items()}
+    waiting, sources, trees = list(entries.values()), {}, {}
+    while waiting:
+        file = waiting.pop()
+        name = name_of[file]
+        if name in sources:
+            continue
+        source = file.read_text(encoding="utf-8")
+        lines, tree = source.split("\n"), ast.parse(source)
+        for node in _relative_imports(tree):
+            imported = _imported_file(file, node)
+            if imported not in name_of:
+                flat = "_".join(imported.relative_to(root).with_suffix("").parts)
+                if flat in name_of.values():
+                    raise ImportError(f"two modules would be called {flat}.py in a checkpoint; one is {imported}")
+                name_of[imported] = flat
+            waiting.append(imported)
+            lines[node.lineno - 1] = _with_module(lines[node.lineno - 1], node, name_of[imported], file)
+        _shorten_docstrings(lines, tree)
+        origin = file.relative_to(root).as_posix()
+        sources[name] = "\n".join([f"# From holitom_hf/{origin}.", *(line for line in lines if line is not None)])
+        trees[name] = ast.parse(sources[name])
+    _check_imports(trees)
+    return sources
+
+
+def _relative_imports(tree: ast.Module) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0]
+
+
+def _imported_file(file: Path, node: ast.ImportFrom) -> Path:
+    if node.module is None:
+        raise ImportError(f"{file}, line {node.lineno}: a checkpoint's code imports names from modules only")
+    imported = file.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+    if not imported.is_file():
+        raise ImportError(f"{file}, line {node.lineno}: there is no {imported}, and packages have no flat form")
+    return imported
+
+
+def _with_module(line: str, node: ast.ImportFrom, name: str, file: Path) -> str:
+    """The line on which an import statement starts, with the flat name of its module."""
+    before, statement = line[: node.col_offset], line[node.col_offset :]
+    rewritten, count = re.subn(r"^from\s+\.+[\w.]*\s+import\b", f"from .{name} import", statement)
+    if count == 0:
+        raise ImportError(f"{file}, line {node.lineno}: module and `import` must stand on one line")
+    return before + rewritten
+
+
+def _shorten_docstrings(lines: list[str | None], tree: ast.Module) -> None:
+    """Cuts docstrings to their first paragraph; lines that go become `None`."""
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, *SCOPES)) or ast.get_docstring(node) is None:
+            continue
+        first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
+        start = first + 1 if lines[first].strip() == '"""' else first
+        blank = next((number for number in range(start, last) if not lines[number].strip()), None)
+        if blank is not None:
+            lines[blank - 1] += '"""'
+            lines[blank : last + 1] = [None] * (last + 1 - blank)
+            if start > first:
+                lines[first], lines[start] = None, lines[first] + lines[start].lstrip()
+
+
+def _check_imports(trees: dict[str, ast.Module]) -> None:
+    """Raises an `ImportError` where a flat module asks another one for something that is not in it."""
+    defined = {name: _defined_names(tree) for name, tree in trees.items()}
+    for name, tree in trees.items():
+        for node in _relative_imports(tree):
+            missing = {alias.name for alias in node.names} - defined.get(node.module, set())
+            if node.level != 1 or missing:
+                raise ImportError(f"{name}.py imports {', '.join(sorted(missing))} from {node.module}.py in vain")
+
+
+def _defined_names(tree: ast.Module) -> set[str]:
+    """Names that a module has at its top level."""
+    names = set()
+    for node in ast.walk(ast.Module([n for n in tree.body if not isinstance(n, SCOPES)], [])):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+    return names | {node.name for node in tree.body if isinstance(node, SCOPES)}
