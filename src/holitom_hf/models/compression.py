@@ -32,6 +32,8 @@ class CompressingModelMixin:
     """
 
     output_class: type[CompressedOutput]
+    # Hook: whether [`renumbered`] leaves gaps, which transformers would take for several packed rows.
+    has_position_gaps = False
 
     def video_tokens(self, video: BaseModelOutputWithPooling) -> list[VideoTokens]:
         """Hook: the videos of what [`get_video_features`] returns, frame by frame. Every backbone has its own."""
@@ -292,8 +294,9 @@ class CompressingModelMixin:
         outer_mask = torch.cat([past.outer_mask, packed.mask], dim=1)
         is_padded = past.is_padded or packed.is_padded
         layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
-        if layer is not None:
-            stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached)
+        has_gaps = self.has_position_gaps and positions.ndim == 2
+        if layer is not None or has_gaps:
+            stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached, has_gaps=has_gaps)
             if settings.has_inner_stage:
                 num_tokens = [len(tokens) for tokens in embeddings]
                 stage.videos = token_positions(prompt.video_mask, videos_of_row, num_tokens)

@@ -154,13 +154,15 @@ class HoliTomDecoderMixin:
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         first_inner, merges = inner_stage.layer, inner_stage.videos is not None
-        self._check_layers(first_inner)
+        if first_inner is not None:
+            self._check_layers(first_inner)
 
         hidden_states = inputs_embeds
         masks = self._masks_from(hidden_states, attention_mask, past_key_values, layer_idx=0)
         position_embeddings = self.rotary_emb(hidden_states, self.rotary_positions(position_ids))
-        # Several axes are for the rotation alone.
-        layer_kwargs = {"position_ids": position_ids if position_ids.ndim == 2 else None, **kwargs}
+        # Layers get only what can't be mistaken for packed rows.
+        is_plain = position_ids.ndim == 2 and not inner_stage.has_gaps
+        layer_kwargs = {"position_ids": position_ids if is_plain else None, **kwargs}
         importance = survivors = None
 
         for layer_idx, decoder_layer in enumerate(self.layers):
@@ -175,15 +177,14 @@ class HoliTomDecoderMixin:
                         visual_pos_masks, deepstack_visual_embeds = surviving_features(
                             visual_pos_masks, deepstack_visual_embeds, survivors
                         )
-                # Survivors keep their position ids, which have gaps then: an attention function that sees them would
-                # take one row for several packed ones. Only the rotation above needs them.
+                # Survivors keep their position ids, which have gaps then.
                 layer_kwargs["position_ids"] = None
                 if not isinstance(attention_mask, dict):
                     attention_mask = _inner_attention_mask(inner_stage, survivors)
                 masks = self._masks_from(hidden_states, attention_mask, past_key_values, layer_idx)
 
             layer_input, layer_cache = hidden_states, past_key_values
-            is_asked = merges and layer_idx == first_inner - 1
+            is_asked = merges and layer_idx + 1 == first_inner
             if is_asked and past_key_values is not None:
                 layer_cache = _KeyRecorder(past_key_values)
             hidden_states = decoder_layer(

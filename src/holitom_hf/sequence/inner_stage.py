@@ -14,7 +14,7 @@ class InnerStage:
     What the decoder needs to run stage 3, or to go on after it.
 
     Attributes:
-        layer: k, the first layer that sees fewer tokens.
+        layer: k, the first layer that sees fewer tokens; `None` if all see the same.
         past_mask: (B, P) bool, which positions the layers from k on already hold are real.
         mask: (B, N) bool, which of this call's positions are real.
         is_padded: Whether either mask has a False in it; if not they are not looked at.
@@ -26,9 +26,11 @@ class InnerStage:
         padding_side: Where rows are padded.
         query: (B,) int64, the position whose attention is asked: the prompt's last real token.
         num_past: Number of positions that the first layers already hold.
+        has_gaps: Whether the position ids of this call are for the rotation alone: they have gaps, and an attention
+            function that sees them would take one row for several packed ones.
     """
 
-    layer: int
+    layer: int | None
     past_mask: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     is_padded: bool = False
@@ -39,6 +41,7 @@ class InnerStage:
     padding_side: str = "left"
     query: torch.Tensor | None = None
     num_past: int = 0
+    has_gaps: bool = False
 
 
 def merge_inside(

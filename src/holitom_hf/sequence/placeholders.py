@@ -1,9 +1,16 @@
 """Which videos, masks and positions of a call belong to which placeholders of the prompt."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from transformers.cache_utils import Cache
 
 from ..merging.spatial import masked_positions
+
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
 
 
 def cached_length(cache: Cache | None) -> int:

@@ -1,0 +1,135 @@
+"""From a package to flat files: what is found, what is rewritten, what is refused."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holitom_hf.checkpoints.flattening import flat_package, flatten
+from holitom_hf.checkpoints.remote_code import carried_modules
+from holitom_hf.models.registry import backbones
+
+
+FILES = {
+    "entry.py": '''
+"""
+The door.
+
+More about the door.
+"""
+from .room.table import (
+    SIZE,
+    lay,  # a comment stays
+)
+
+
+def main():
+    """One line."""
+    from .room.deep.chair import sit
+
+    return lay() + SIZE + sit()
+
+
+class Guest:
+    """Comes in.
+
+    And goes out.
+    """
+
+    name = "from .room.table import nothing"
+''',
+    "room/table.py": "from ..plain import ONE\n\nSIZE = ONE\n\n\ndef lay():\n    return ONE\n",
+    "room/deep/chair.py": "from ...plain import ONE as one\nfrom ..table import SIZE\n\nsit = lambda: one + SIZE\n",
+    "plain.py": "ONE = 1\n",
+    "unused.py": "raise RuntimeError\n",
+}
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_what_entries_import_is_written_under_joined_names_and_runs(tmp_path):
+    source = write(tmp_path / "package", FILES)
+    modules = flatten(source, {"entry_point": source / "entry.py"})
+    assert set(modules) == {"entry_point", "room_table", "room_deep_chair", "plain"}
+    flat = write(tmp_path / "flat", {"__init__.py": ""} | {f"{name}.py": text for name, text in modules.items()})
+    code = "from flat.entry_point import Guest, main; print(main(), Guest.name)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=flat.parent, check=True)
+    assert run.stdout.strip() == "4 from .room.table import nothing"
+
+
+def test_comments_stay_and_docstrings_keep_their_first_paragraph(tmp_path):
+    source = write(tmp_path, FILES)
+    text = flatten(source, {"entry_point": source / "entry.py"})["entry_point"]
+    assert text.startswith('# From holitom_hf/entry.py.\n\n"""The door."""\n')
+    assert "lay,  # a comment stays" in text
+    assert '    """Comes in."""\n\n    name' in text
+    assert '    """One line."""\n' in text
+    assert "More about" not in text
+    assert "goes out" not in text
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"entry.py": "from .plain import TWO\n", "plain.py": "ONE = 1\n"},
+            "entry_point.py imports TWO from plain.py",
+        ),
+        ({"entry.py": "from .room import table\n", "room/table.py": ""}, "packages have no flat form"),
+        ({"entry.py": "from . import plain\n", "plain.py": ""}, "line 1: .* names from modules only"),
+        ({"entry.py": "from .missing import it\n"}, "there is no .*missing.py"),
+        (
+            {"entry.py": "from .a_b import X\nfrom .a.b import X\n", "a_b.py": "X = 1\n", "a/b.py": "X = 1\n"},
+            "two modules would be called a_b.py",
+        ),
+        ({"entry.py": "from .plain \\\n    import ONE\n", "plain.py": "ONE = 1\n"}, "must stand on one line"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(tmp_path, files, message):
+    source = write(tmp_path, files)
+    with pytest.raises(ImportError, match=message):
+        flatten(source, {"entry_point": source / "entry.py"})
+
+
+@pytest.mark.parametrize("backbone", backbones().values(), ids=lambda backbone: backbone.model_type)
+class TestBackbones:
+    def test_every_module_imports_where_neither_the_package_nor_its_folders_are(self, backbone, tmp_path):
+        modules = flat_package(backbone)
+        write(tmp_path / "flat", {"__init__.py": ""} | {f"{name}.py": text for name, text in modules.items()})
+        code = (
+            "import importlib, sys\n"
+            "sys.modules['holitom_hf'] = None\n"
+            f"for name in {sorted(modules)}:\n    importlib.import_module('flat.' + name)\n"
+            "print('all of them')"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert run.stdout.strip() == "all of them", run.stderr
+
+    def test_it_carries_its_own_backbone_only_and_little(self, backbone):
+        modules = flat_package(backbone)
+        others = {name for name in backbones() if name != backbone.model_type}
+        assert not [name for name in modules for other in others if name.startswith(f"models_{other}")]
+        assert sum(map(len, modules.values())) < 200_000
+        assert modules == carried_modules(backbone)
+
+    def test_code_is_the_same_but_for_imports_and_docstrings(self, backbone):
+        def bare(text: str) -> str:
+            tree = ast.parse(text)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    node.module, node.level = "somewhere", 1
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                    node.body[0] = ast.Expr(ast.Constant("documented"))
+            return ast.dump(tree)
+
+        root = Path(sys.modules["holitom_hf"].__file__).parent
+        for name, text in flat_package(backbone).items():
+            origin = text.split("\n")[0].removeprefix("# From holitom_hf/").removesuffix(".")
+            assert bare(text) == bare((root / origin).read_text()), name
