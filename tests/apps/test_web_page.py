@@ -84,6 +84,17 @@ def test_what_a_visitor_may_get_wrong_is_one_sentence_without_a_path(side_by_sid
     assert told(side_by_side, str(bad)) == "The video is longer than 60 minutes: cut it first."
 
 
+def test_it_takes_as_many_frames_as_the_command_says(side_by_side, demo, monkeypatch):
+    from holitom_hf.apps.web_page import SideBySide
+
+    processor = side_by_side.answerer.processor.video_processor
+    monkeypatch.setattr(processor, "num_frames", processor.num_frames)  # put back afterwards
+    *_, (_, figures, _, _, _) = SideBySide(side_by_side.answerer, num_frames=3).answer(
+        str(demo / "clip.mp4"), "What?", 1.0, 0.8
+    )
+    assert f"{3 * 49 + 1} of {3 * 49 + 1}" in figures
+
+
 def test_a_fault_of_ours_tells_nothing_of_the_machine(side_by_side, demo, monkeypatch):
     def broken(**kwargs):
         raise RuntimeError(f"CUDA error in {demo}")

@@ -9,9 +9,7 @@ import torch
 from transformers import BatchFeature, TextStreamer
 
 from ..configuration import HoliTomConfig
-from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
-from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
-from ..models.llava_onevision.processing import HoliTomProcessor
+from ..models.registry import backbone_class, backbone_of
 from .savings import cache_bytes, row_savings
 
 
@@ -139,8 +137,9 @@ class Answerer:
         self.name, self.dtype = model, dtype
         kwargs = {} if settings is None else {"holitom_config": settings}
         with self._naming_the_model():
-            self.config = HoliTomLlavaOnevisionConfig.from_pretrained(model, **kwargs)
-            self.processor = HoliTomProcessor.from_pretrained(model)
+            self.backbone = backbone_of(model)
+            self.config = backbone_class(self.backbone, "config").from_pretrained(model, **kwargs)
+            self.processor = backbone_class(self.backbone, "processor").from_pretrained(model)
         if retention_ratio is not None:
             self.config.holitom_config.retention_ratio = retention_ratio
         self.config.holitom_config.check_decoder_depth(self.config.text_config.num_hidden_layers)
@@ -149,9 +148,10 @@ class Answerer:
     def load_model(self) -> None:
         """Loads the weights."""
         with self._naming_the_model():
-            self.model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
+            self.model = backbone_class(self.backbone, "generation").from_pretrained(
                 self.name, config=self.config, dtype=self.dtype, device_map=self.device_map
-            ).eval()
+            )
+            self.model.eval()
 
     @contextlib.contextmanager
     def _naming_the_model(self):

@@ -7,9 +7,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from ..configuration import HoliTomConfig
-from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
-from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
-from ..models.llava_onevision.processing import HoliTomProcessor
+from ..models.registry import backbone_class, backbone_of
 
 
 logger = logging.get_logger(__name__)
@@ -23,7 +21,7 @@ def write_checkpoint(
     config_only: bool,
 ) -> None:
     """
-    Writes a checkpoint of ours from any LLaVA-OneVision checkpoint.
+    Writes a checkpoint of ours from any checkpoint of a backbone that is here.
 
     Args:
         base: Folder or Hub repository.
@@ -33,16 +31,18 @@ def write_checkpoint(
         config_only: Write no weights; they stay in `base`, and are not even read.
 
     Raises:
-        OSError, ValueError: If `base` can't be read, or is no LLaVA-OneVision.
+        OSError, ValueError: If `base` can't be read, or is of another architecture.
     """
     kwargs = {} if settings is None else {"holitom_config": settings}
-    config = HoliTomLlavaOnevisionConfig.from_pretrained(base, **kwargs)
+    backbone = backbone_of(base)
+    model_class = backbone_class(backbone, "generation")
+    config = backbone_class(backbone, "config").from_pretrained(base, **kwargs)
     if retention_ratio is not None:
         config.holitom_config.retention_ratio = retention_ratio
     if config_only:
         config.holitom_config.base_model_name_or_path = base
         with torch.device("meta"):
-            model = HoliTomLlavaOnevisionForConditionalGeneration._from_config(config, dtype=config.dtype)
+            model = model_class._from_config(config, dtype=config.dtype)
         model.generation_config = GenerationConfig.from_model_config(config)
         try:
             model.generation_config = GenerationConfig.from_pretrained(base)
@@ -50,7 +50,7 @@ def write_checkpoint(
             logger.info(f"{base} has no generation_config.json; one is made from its config.")
         model.save_pretrained(folder, config_only=True)
         return
-    processor = HoliTomProcessor.from_pretrained(base)
-    model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(base, config=config, dtype="auto")
+    processor = backbone_class(backbone, "processor").from_pretrained(base)
+    model = model_class.from_pretrained(base, config=config, dtype="auto")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -16,7 +16,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from ..answering.answerer import Answerer
-from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
+from ..models.generation import HoliTomGenerationMixin
 
 
 class HoliTomModelManager(ModelManager):
@@ -38,7 +38,7 @@ class HoliTomModelManager(ModelManager):
     @staticmethod
     def get_model_modality(model, processor=None) -> Modality:
         """Overrides ModelManager.get_model_modality, which knows upstream's classes only."""
-        if isinstance(model, HoliTomLlavaOnevisionForConditionalGeneration):
+        if isinstance(model, HoliTomGenerationMixin):
             return Modality.VLM
         return ModelManager.get_model_modality(model, processor)
 

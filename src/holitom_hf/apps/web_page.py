@@ -108,12 +108,15 @@ def figures_text(answer: Answer, peak_memory: int | None) -> str:
 class SideBySide:
     """Answers one visitor's question after another."""
 
-    def __init__(self, answerer: Answerer):
+    def __init__(self, answerer: Answerer, num_frames: int | None = None):
         """
         Args:
             answerer: With its weights loaded.
+            num_frames: Frames to take of each video, of a shorter one all; `None`: as many as the processor's.
         """
         self.answerer = answerer
+        if num_frames is not None:
+            answerer.processor.video_processor.num_frames = num_frames
         self.own = answerer.config.holitom_config
         self.plain = full_run(self.own).settings
         self.is_cuda = answerer.model.device.type == "cuda"
@@ -186,18 +189,19 @@ class SideBySide:
         yield outcome[0].text, figures_text(outcome[0], peak)
 
 
-def build_app(answerer: Answerer, about: str = "") -> gr.Blocks:
+def build_app(answerer: Answerer, about: str = "", num_frames: int | None = None) -> gr.Blocks:
     """
     The page.
 
     Args:
         answerer: With its weights loaded.
         about: What visitors should know of the model.
+        num_frames: Frames to take of each video, of a shorter one all; `None`: at most the processor's.
 
     Returns:
         An app for `launch(**LAUNCH_OPTIONS)`.
     """
-    side_by_side = SideBySide(answerer)
+    side_by_side = SideBySide(answerer, num_frames)
     own = side_by_side.own
     examples = draw_examples(Path(tempfile.mkdtemp(prefix="holitom-examples-")))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as app:

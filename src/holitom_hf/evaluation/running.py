@@ -16,7 +16,7 @@ from ..answering.answerer import Answerer
 from ..answering.savings import row_savings
 from ..bundled.questions import VideoQuestion
 from ..configuration import HoliTomConfig
-from ..models.llava_onevision.vision import HoliTomVideoFeatures
+from ..models.vision import HoliTomVideoFeatures
 from .methods import Run
 
 

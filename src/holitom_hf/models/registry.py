@@ -28,3 +28,25 @@ def backbone_class(backbone: Backbone, role: str) -> type:
     file = {"config": "configuration", "model": "modeling", "generation": "modeling"}.get(role, "processing")
     module = importlib.import_module(f".{backbone.model_type}.{file}", __package__)
     return getattr(module, getattr(backbone, role))
+
+
+def backbone_of(checkpoint: str, **kwargs) -> Backbone:
+    """
+    The backbone of a checkpoint, ours or upstream's.
+
+    Args:
+        checkpoint: Folder or Hub repository.
+        kwargs: Where and how to download, as in `from_pretrained`.
+
+    Raises:
+        OSError: If its configuration can't be read.
+        ValueError: If it is none of ours.
+    """
+    from transformers import PreTrainedConfig
+
+    model_type = PreTrainedConfig.get_config_dict(checkpoint, **kwargs)[0].get("model_type")
+    known = backbones()
+    if model_type not in known:
+        ours = " or ".join(f"{backbone.model_type!r} checkpoint ({backbone.title})" for backbone in known.values())
+        raise ValueError(f"HoliTom needs a {ours}; this one is {model_type!r}")
+    return known[model_type]

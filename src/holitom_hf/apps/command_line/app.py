@@ -23,6 +23,7 @@ from .options import (
     Host,
     MaxNewTokens,
     Model,
+    Port,
     Preset,
     RetentionRatio,
     one_line_errors,
@@ -208,20 +209,22 @@ def visualize(
 def demo(
     model: Model = BUNDLED_NAME,
     preset: Preset = None,
+    retention_ratio: RetentionRatio = None,
+    frames: Frames = None,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    port: Port = 7860,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Starts a web page that answers with and without HoliTom, side by side."""
     with one_line_errors():
-        settings = settings_of(preset, None)
+        settings = settings_of(preset, retention_ratio)
         try:
             from ..web_page import LAUNCH_OPTIONS, build_app
         except ModuleNotFoundError as error:
             raise ImportError(f"the web page needs {error.name}: pip install 'holitom-hf[demo]'") from error
-        answerer = _loaded(model, settings, None, device, dtype)
-        page = build_app(answerer, BUNDLED_ABOUT if model == BUNDLED_NAME else "")
+        answerer = _loaded(model, settings, retention_ratio, device, dtype)
+        page = build_app(answerer, BUNDLED_ABOUT if model == BUNDLED_NAME else "", frames)
         page.launch(server_name=host, server_port=port, **LAUNCH_OPTIONS)
 
 
@@ -232,7 +235,7 @@ def serve(
     retention_ratio: RetentionRatio = None,
     frames: Frames = None,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    port: Port = 8000,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:

@@ -106,13 +106,14 @@ def flops(
         from ...benchmarking.architectures import ARCHITECTURES, architecture
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
-        from ...models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+        from ...models.registry import backbone_class, backbone_of
 
         if model in ARCHITECTURES:
             config = architecture(model, settings)
         else:
             options = {} if settings is None else {"holitom_config": settings}
-            config = HoliTomLlavaOnevisionConfig.from_pretrained(model_name(model), **options)
+            name = model_name(model)
+            config = backbone_class(backbone_of(name), "config").from_pretrained(name, **options)
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio
         config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)

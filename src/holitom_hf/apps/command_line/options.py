@@ -21,6 +21,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to sp
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")]
 
 
 class ManyValues(TyperCommand):
