@@ -56,7 +56,7 @@ class CompressingModelMixin:
             position_inputs: As [`compressing_forward`] was given.
 
         Returns:
-            (B, L), or (A, B, L) for A position axes.
+            (B, L), or (A, B, L) for A position axes. Padding repeats the position before it.
         """
         return start + is_real.cumsum(1) - 1
 
@@ -64,19 +64,10 @@ class CompressingModelMixin:
         """Hook: what becomes of `positions` where tokens are dropped: here, those after them move up."""
         return positions - is_dropped.cumsum(1)
 
-    def next_position(self, positions: torch.Tensor, is_real: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """
-        Hook: the position of the text token that follows a call, (B, 1).
-
-        Args:
-            positions: (B, L) or (A, B, L), of the call.
-            is_real: (B, L) bool.
-            start: (B, 1), for rows in which nothing is real.
-        """
-        if positions.ndim == 3:
-            positions = positions.amax(0)
-        last = positions.gather(1, last_real(is_real, is_real.shape[1]))
-        return torch.where(is_real.any(1, keepdim=True), last + 1, start)
+    def next_position(self, positions: torch.Tensor) -> torch.Tensor:
+        """Hook: the position of the text token that follows a call at `positions` (B, L) or (A, B, L): (B, 1)."""
+        last = positions[..., -1:]
+        return (last.amax(0) if last.ndim == 3 else last) + 1
 
     def decoder_inputs(self, maps: list[torch.Tensor], video_mask: torch.Tensor) -> dict:
         """
@@ -282,8 +273,8 @@ class CompressingModelMixin:
         # Where the tokens that are left stand: by the count of all, less what was dropped.
         full = self.full_positions(past.next_position, is_real, **position_inputs)
         positions = self.renumbered(full, prompt.is_dropped)
-        next_position = self.next_position(positions, is_real, past.next_position)
-        num_skipped = self.next_position(full, is_real, past.next_position) - next_position
+        next_position = self.next_position(positions)
+        num_skipped = self.next_position(full) - next_position
         if position_ids is not None:
             check_position_ids(position_ids, num_new, full.ndim)
             positions = self.renumbered(position_ids - past.position_offset[:, None], prompt.is_dropped)
