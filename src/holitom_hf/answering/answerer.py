@@ -193,7 +193,7 @@ class Answerer:
         pixels = question.features.pop("pixel_values_videos")
         self.model.model.check_placeholders(question.features["input_ids"], pixels)
         question.features = question.features.to(self.model.device)
-        question.encoded = self.model.get_video_features(pixels, return_dict=True)
+        question.encoded = self.model.get_video_features(pixels, return_vision_states=False, return_dict=True)
         self._wait()
         question.seconds["encode"] = time.perf_counter() - start
 

@@ -80,7 +80,7 @@ def merge_frames(answerer: Answerer, frames: torch.Tensor, settings: HoliTomConf
     importance = encoded.importance[0]
     features = encoded.pooler_output[0]
     tokens = features[:-1].view(*importance.shape, -1)
-    keys = encoded.keys[0] if encoded.keys is not None else None
+    keys = encoded.attention_keys[0] if encoded.attention_keys is not None else None
     merged = merge_video_tokens(tokens, importance, settings, newline=features[-1], keys=keys)
     pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
     return MergingView("video", pictures, merged, frame_similarity(tokens), settings.similarity_threshold)

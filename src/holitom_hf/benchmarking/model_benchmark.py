@@ -252,8 +252,10 @@ def _calls(
 def _vision_call(model, game: Contest) -> Callable:
     """Vision tower, projector and pooling; in ours without importance, which is a step of its own."""
     if model is game.models["plain"]:
-        return lambda: model.get_video_features(game.pixels, return_dict=True)
-    return lambda: model.get_video_features(game.pixels, holitom_config={"outer_method": "none"}, return_dict=True)
+        return lambda: model.get_video_features(game.pixels, return_vision_states=False)
+    return lambda: model.get_video_features(
+        game.pixels, holitom_config={"outer_method": "none"}, return_vision_states=False
+    )
 
 
 def _decoder_call(model, game: Contest) -> Callable:

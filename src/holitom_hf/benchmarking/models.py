@@ -46,7 +46,7 @@ class Contest:
 
     def encoded(self) -> BaseModelOutputWithPooling:
         """What our vision tower makes of the pixels."""
-        return self.models["holitom"].get_video_features(self.pixels, return_dict=True)
+        return self.models["holitom"].get_video_features(self.pixels, return_vision_states=False, return_dict=True)
 
 
 @torch.no_grad()

@@ -172,7 +172,11 @@ def _encode(answerer: Answerer, folder: Path, videos: list[str]) -> dict[str, Ho
     for video in dict.fromkeys(videos):
         pixels = video_processor(str(folder / video), return_tensors="pt")["pixel_values_videos"]
         encoded[video] = model.get_video_features(
-            pixels.to(model.device, model.dtype), vision_batch_size=32, holitom_config=everything, return_dict=True
+            pixels.to(model.device, model.dtype),
+            vision_batch_size=32,
+            holitom_config=everything,
+            return_vision_states=False,
+            return_dict=True,
         )
     return encoded
 
@@ -183,7 +187,7 @@ def _together(encoded: dict[str, HoliTomVideoFeatures], questions: list[VideoQue
     return HoliTomVideoFeatures(
         pooler_output=[video.pooler_output[0] for video in videos],
         importance=[video.importance[0] for video in videos],
-        keys=[video.keys[0] for video in videos],
+        attention_keys=[video.attention_keys[0] for video in videos],
     )
 
 

@@ -1,12 +1,13 @@
 """`generate` on videos whose cache is shorter than what the caller counts."""
 
 import copy
+import os
 
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..sequence.compressed_sequence import CompressedSequence
 from ..sequence.placeholders import cached_length
@@ -21,6 +22,23 @@ OWN_ARGUMENTS = ("holitom_config", "vision_batch_size", "prompt_length")
 class HoliTomGenerationMixin:
     """The overrides of `GenerationMixin` that compressed videos need."""
 
+    def generate(self, *args, **kwargs):
+        """
+        Overrides GenerationMixin.generate: with `return_dict_in_generate=True` the result also has `merged_videos` and
+        `inner_keep` (as in [`CompressedOutput`]), an entry per returned sequence: what was done to the last videos
+        that its cache has seen. `None` where nothing was compressed or there is no cache.
+        """
+        outputs = super().generate(*args, **kwargs)
+        if isinstance(outputs, ModelOutput):
+            record = getattr(outputs.get("past_key_values"), "compressed_sequence", None)
+            num_sequences = len(outputs.sequences)
+            for name in ("merged_videos", "inner_keep"):
+                setattr(outputs, name, None)
+                if record is not None:
+                    of_row = getattr(record, name)  # of every beam, more of them than are returned
+                    outputs[name] = [of_row[i * len(of_row) // num_sequences] for i in range(num_sequences)]
+        return outputs
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
@@ -29,6 +47,9 @@ class HoliTomGenerationMixin:
         that encoding takes too, and notes where the prompt ends, so that stage 3 asks its last token also where the
         first forward pass holds more than the prompt (assisted decoding) or every one does (`use_cache=False`).
         """
+        if isinstance(model_kwargs.get("holitom_config"), (str, os.PathLike)):
+            # Once, not in every step. A dictionary stays one: an assistant's own settings may be others.
+            model_kwargs["holitom_config"] = self.model.settings_for(model_kwargs["holitom_config"])
         tokens = model_kwargs.get("input_ids", inputs_tensor)
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         # A later turn passes the whole conversation, or its new tokens and a mask of the whole.
@@ -47,8 +68,9 @@ class HoliTomGenerationMixin:
             if model_kwargs.get(name) is not None
         }
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, model_input_name, generation_config
+            inputs_tensor, model_kwargs | {"return_vision_states": False}, model_input_name, generation_config
         )
+        model_kwargs.pop("return_vision_states", None)
         return model_kwargs | kept
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):

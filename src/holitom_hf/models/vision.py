@@ -18,18 +18,27 @@ class HoliTomVideoFeatures(BaseModelOutputWithPooling):
     """
     Videos after vision tower, projector and pooling, at full length, with what merging needs to know.
 
+    `last_hidden_state`, `hidden_states` and `attentions` are the vision tower's, of the frames of all videos.
+
     Attributes:
         pooler_output: (V, F*T+1, D) features of V videos, the newline last; a list of (F_v*T+1, D) if their numbers
             of frames differ.
         importance: A list of V tensors (F_v, T), float32: what each token receives of the attention.
-        keys: A list of V tensors (F_v, T, K): the attention's keys, averaged over heads.
+        attention_keys: A list of V tensors (F_v, T, K): the attention's keys, averaged over heads.
     """
 
     # Of these a batch of beams needs copies, video by video. A backbone with more per-video fields adds them.
-    per_video = ("importance", "keys")
+    per_video = ("importance", "attention_keys")
 
     importance: list[torch.Tensor] | None = None
-    keys: list[torch.Tensor] | None = None
+    attention_keys: list[torch.Tensor] | None = None
+
+
+def joined_chunks(chunks: list[tuple[torch.Tensor | None, ...] | None]) -> tuple[torch.Tensor | None, ...] | None:
+    """What the tower returned layer by layer for chunks of frames, a tuple each, as for all frames at once."""
+    if len(chunks) < 2 or chunks[0] is None:
+        return chunks[0] if chunks else None
+    return tuple(None if layer[0] is None else torch.cat(layer) for layer in zip(*chunks))
 
 
 def check_finite(pixels: torch.Tensor, num_frames: list[int]) -> None:

@@ -97,7 +97,11 @@ class HoliTomLlavaOnevisionModel(
         def encode_videos():
             self.check_placeholders(input_ids, pixel_values_videos)
             return self.get_video_features(
-                pixel_values_videos, vision_batch_size=vision_batch_size, holitom_config=settings, **vision_kwargs
+                pixel_values_videos,
+                vision_batch_size=vision_batch_size,
+                holitom_config=settings,
+                return_vision_states=False,
+                **vision_kwargs,
             )
 
         def encode_images():

@@ -7,7 +7,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from ...configuration import HoliTomConfig
 from ...merging.video_tokens import VideoTokens
 from ...sequence.placeholders import assign_videos
-from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once
+from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once, joined_chunks
 from ..vision_importance import vision_importance
 
 
@@ -34,7 +34,7 @@ class LlavaOnevisionVisionMixin:
 
     def video_tokens(self, video: HoliTomVideoFeatures) -> list[VideoTokens]:
         """Overrides CompressingModelMixin.video_tokens: F*T+1 features of a video, the newline last."""
-        importance, keys = getattr(video, "importance", None), getattr(video, "keys", None)
+        importance, keys = getattr(video, "importance", None), getattr(video, "attention_keys", None)
         videos = []
         for index, tokens in enumerate(video.pooler_output):
             frames = tokens[:-1].view(-1, self.config.tokens_per_frame, tokens.shape[-1])
@@ -57,6 +57,8 @@ class LlavaOnevisionVisionMixin:
         vision_feature_select_strategy: str | None = None,
         vision_batch_size: int | None = None,
         holitom_config: HoliTomConfig | dict | str | None = None,
+        return_vision_states: bool = True,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> HoliTomVideoFeatures:
         """
@@ -70,6 +72,8 @@ class LlavaOnevisionVisionMixin:
                 settings change nothing, else what the device's memory allows.
             holitom_config: Settings the videos will be merged with; default: the model's. Importance is left out
                 where they don't need it.
+            return_vision_states: `False` leaves out the tower's own outputs, so that none of them outlives its chunk.
+            output_hidden_states: Which of the tower's to return: all, or by index; default: those that are projected.
             The rest: as upstream.
 
         Raises:
@@ -85,7 +89,9 @@ class LlavaOnevisionVisionMixin:
 
         feature_layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
         hidden_index, layer = self.importance_layer(feature_layers)
-        features, importance, keys = [], [], []
+        wanted = output_hidden_states or feature_layers
+        wanted = wanted if isinstance(wanted, (list, bool)) else [wanted]
+        features, importance, keys, states, attentions = [], [], [], [], []
         if vision_batch_size is None:
             vision_batch_size = len(pixels) if settings.is_identity else self.frames_per_chunk(len(pixels))
         for chunk in chunks_on_device(pixels, vision_batch_size, self.vision_tower.device):
@@ -93,11 +99,14 @@ class LlavaOnevisionVisionMixin:
                 chunk[None],
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
-                output_hidden_states=[*feature_layers, hidden_index],
+                output_hidden_states=wanted is True or [*wanted, *feature_layers, hidden_index],
                 return_dict=True,
                 **kwargs,
             )
             features.append(outputs.pooler_output[0, :-1])
+            if return_vision_states:
+                states.append((outputs.last_hidden_state, *_selected(outputs.hidden_states, wanted)))
+                attentions.append(outputs.attentions)
             if settings.has_outer_stage:
                 received, head_mean = vision_importance(layer, outputs.hidden_states[hidden_index])
                 if vision_feature_select_strategy == "default":
@@ -108,10 +117,14 @@ class LlavaOnevisionVisionMixin:
         features = torch.cat(features).view(len(pixels), -1, features[0].shape[-1])
         newline = self.image_newline[None].to(features)
         videos = [torch.cat([frames.flatten(0, 1), newline]) for frames in features.split(num_frames)]
+        last_hidden_state, *hidden_states = joined_chunks(states) or [None]
         return HoliTomVideoFeatures(
+            last_hidden_state=last_hidden_state,
+            hidden_states=tuple(hidden_states) or None,
+            attentions=joined_chunks(attentions),
             pooler_output=torch.stack(videos) if is_even else videos,
             importance=list(torch.cat(importance).split(num_frames)) if importance else None,
-            keys=list(torch.cat(keys).split(num_frames)) if keys else None,
+            attention_keys=list(torch.cat(keys).split(num_frames)) if keys else None,
         )
 
     def frames_per_chunk(self, num_frames: int) -> int:
@@ -130,3 +143,10 @@ class LlavaOnevisionVisionMixin:
         if output_index == 0:
             raise ValueError("vision_feature_layer 0 is the embedding: no attention tells what matters")
         return output_index - 1, layers[output_index - 1]
+
+
+def _selected(hidden_states: tuple[torch.Tensor | None, ...], wanted: bool | list[int]) -> list[torch.Tensor | None]:
+    """Hidden states with `None` for those that were not asked for, as upstream leaves them out."""
+    number = len(hidden_states)
+    kept = range(number) if wanted is True else [index % number for index in wanted]
+    return [state if index in kept else None for index, state in enumerate(hidden_states)]
