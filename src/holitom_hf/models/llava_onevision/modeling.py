@@ -2,7 +2,13 @@
 
 import torch
 from torch import nn
-from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel, Qwen2Model
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+    Qwen2Model,
+)
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -250,6 +256,10 @@ for _class, _upstream in (
     register_checkpoint_conversion_mapping(
         _class.__name__, get_checkpoint_conversion_mapping(_upstream) or [], overwrite=True
     )
+
+# Its pipelines take a model to be supported if its class is registered for a configuration, here one of ours.
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration, exist_ok=True)
 
 __all__ = [
     "HoliTomLlavaOnevisionForConditionalGeneration",

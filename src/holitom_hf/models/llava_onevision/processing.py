@@ -5,8 +5,12 @@ import os
 import numpy as np
 import torch
 from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+from transformers.audio_utils import AudioInput
 from transformers.image_processing_utils import BatchFeature
-from transformers.video_utils import VideoMetadata, make_batched_videos
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
+from transformers.video_utils import VideoInput, VideoMetadata, make_batched_videos
 
 from ...checkpoints.checkpoint import base_model_of
 from ...checkpoints.remote_code import save_remote_code
@@ -132,10 +136,12 @@ class HoliTomVideoProcessor(LlavaOnevisionVideoProcessor):
         """Overrides BaseVideoProcessor._preprocess: videos of different numbers of frames stay a list."""
         features = super()._preprocess(videos, *args, return_tensors=None, **kwargs)
         # Decoded frames have their colours last in memory; what callers `view` has them first.
-        features["pixel_values_videos"] = [video.contiguous() for video in features["pixel_values_videos"]]
-        if len({video.shape for video in features["pixel_values_videos"]}) == 1:
-            features.convert_to_tensors(return_tensors)
-        return features
+        videos = [video.contiguous() for video in features["pixel_values_videos"]]
+        if len({video.shape for video in videos}) > 1:
+            videos = [BatchFeature({"video": video}, tensor_type=return_tensors)["video"] for video in videos]
+            return_tensors = None
+        features["pixel_values_videos"] = videos
+        return features.convert_to_tensors(return_tensors)
 
     def to_dict(self) -> dict:
         """Overrides BaseVideoProcessor.to_dict: without `trust_remote_code` the file loads as upstream's."""
@@ -157,7 +163,14 @@ class HoliTomProcessor(LlavaOnevisionProcessor):
     # Already tensors, or a list of them where videos differ in length.
     skip_tensor_conversion = (*LlavaOnevisionProcessor.skip_tensor_conversion, "pixel_values_videos")
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: AudioInput | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         """
         Overrides ProcessorMixin.__call__: video files are decoded first.
 
