@@ -6,8 +6,10 @@ import bisect
 import contextlib
 import io
 import itertools
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import torch
 from av.stream import Disposition
 from huggingface_hub import get_session
 from transformers.video_utils import VideoMetadata
+
+from .limits import CONTAINERS, LOCAL_LIMITS, VideoLimits
 
 
 # What can be opened: a path, a URL (http, https or data), the file's bytes, or a binary file object.
@@ -35,15 +39,19 @@ def is_video_file(video) -> bool:
 
 
 def read_video(
-    video: VideoFile, sample_indices: Callable[[VideoMetadata], np.ndarray]
+    video: VideoFile,
+    sample_indices: Callable[[VideoMetadata], np.ndarray],
+    limits: VideoLimits | None = None,
 ) -> tuple[torch.Tensor, VideoMetadata]:
     """
-    Decodes the frames that `sample_indices` asks for.
+    Decodes the frames that `sample_indices` asks for. Whatever the file holds, FFmpeg opens no other.
 
     Args:
         video: Path, `http(s)` or base64 `data` URL, bytes or binary file object.
         sample_indices: Takes the metadata (number of frames, frames per second, duration in seconds, size), returns
             the indices of the frames to decode, ascending; repeats are allowed.
+        limits: What the file may ask for; `None`: [`VideoLimits`] for bytes and URLs, `LOCAL_LIMITS` for paths and
+            file objects.
 
     Returns:
         (F, 3, H, W) uint8, upright as the file's rotation says, and the metadata with `frames_indices`.
@@ -51,13 +59,21 @@ def read_video(
     Raises:
         FileNotFoundError: If there is no such file.
         OSError: If a URL can't be read.
-        ValueError: If the file is empty, cut off or no video, has no video stream or no frame.
+        ValueError: If the file is empty, cut off or no video, has no video stream or no frame, or more than
+            `limits` allow.
     """
     name = _name_of(video)
-    source, size = _open_source(video, name)
+    if limits is None:
+        is_strange = isinstance(video, (bytes, bytearray)) or _is_url(video)
+        limits = VideoLimits() if is_strange else LOCAL_LIMITS
+    source, size = _open_source(video, name, limits)
     try:
-        with av.open(source) as container:
-            reader = _VideoReader(container, source, size, name)
+        limits.check(name, "bytes", size, limits.max_bytes)
+        with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
+            limits.check_header(name, file, size)
+            file.seek(0)
+        with _open_container(source, limits) as container:
+            reader = _VideoReader(container, source, size, name, limits)
             metadata = VideoMetadata(
                 total_num_frames=reader.num_frames,
                 fps=float(reader.rate),
@@ -71,7 +87,8 @@ def read_video(
             reader.container.close()
     except av.error.FFmpegError as error:
         raise ValueError(
-            f"{name} can't be read as a video: it is no video file, cut off or damaged ({error.strerror})"
+            f"{name} can't be read as a video: it is no video file, cut off or damaged, its container is not one of "
+            f"those that are read, or its frames have more than {limits.max_pixels} pixels ({error.strerror})"
         ) from error
     finally:
         if source is not video and hasattr(source, "close"):
@@ -94,15 +111,18 @@ class _VideoReader:
     - Without presentation times at all (a bare H.264 stream): the numbers, from the start.
     """
 
-    def __init__(self, container, source, size: int | None, name: str):
-        self.container, self.source, self.name = container, source, name
+    def __init__(self, container, source, size: int, name: str, limits: VideoLimits):
+        self.container, self.source, self.name, self.limits = container, source, name, limits
+        self.num_decoded, self.deadline = 0, time.monotonic() + limits.max_seconds
         # A cover picture is a video stream, too.
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
             kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
             raise ValueError(f"{name} has no video stream, only {', '.join(kinds)}: pass a file with moving pictures")
-        self.stream = streams[0]
-        self.stream.thread_type = "AUTO"
+        self._take_stream(streams[0])
+        self._check_size(self.stream)
+        num_claimed = max(self.stream.frames, len(self.stream.index_entries))
+        limits.check(name, "frames by its header", num_claimed, limits.max_frames)
         self.rate = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate or 25
         self.period = max(1, round(1 / (self.rate * self.stream.time_base)))  # of one frame, in stamps
         self.is_counted = False
@@ -131,6 +151,8 @@ class _VideoReader:
 
     def frames_at(self, indices: np.ndarray) -> torch.Tensor:
         """(F, 3, H, W) uint8."""
+        size = self.frame.width * self.frame.height * 3
+        self.limits.check(self.name, "bytes in the frames asked for", len(indices) * size, self.limits.max_memory)
         distinct = sorted(set(indices.tolist()))
         self.wanted = [self.stamps[index] for index in distinct]
         pictures = {index: _picture(self._frame_at(self.stamps[index])) for index in distinct}
@@ -226,10 +248,15 @@ class _VideoReader:
         self.container.close()
         if hasattr(self.source, "seek"):
             self.source.seek(0)
-        self.container = av.open(self.source)
-        self.stream = self.container.streams[index]
-        self.stream.thread_type = "AUTO"
+        self.container = _open_container(self.source, self.limits)
+        self._take_stream(self.container.streams[index])
         self._restart()
+
+    def _take_stream(self, stream) -> None:
+        self.stream = stream
+        stream.thread_type = "AUTO"
+        # A frame may be larger than the header says.
+        stream.codec_context.options = _codec_options(self.limits)
 
     def _decode(self, count_from: int = 0):
         """Stamps and frames from where the container stands; broken data ends the video."""
@@ -238,10 +265,21 @@ class _VideoReader:
             for packet in self.container.demux(self.stream):
                 self.stream.codec_context.skip_frame = "NONREF" if self._is_skippable(packet.pts) else "DEFAULT"
                 for frame in packet.decode():
+                    self._check_size(frame)
+                    self._check_work()
                     yield number if self.is_counted else frame.pts, frame
                     number += 1
         except (av.error.EOFError, av.error.InvalidDataError):
             return
+
+    def _check_size(self, picture) -> None:
+        self.limits.check(self.name, "pixels in a frame", picture.width * picture.height, self.limits.max_pixels)
+
+    def _check_work(self) -> None:
+        self.num_decoded += 1
+        self.limits.check(self.name, "frames to decode", self.num_decoded, self.limits.max_frames)
+        if time.monotonic() > self.deadline:
+            raise ValueError(f"{self.name} takes more than {self.limits.max_seconds:.0f} s to decode")
 
     def _is_skippable(self, stamp: int | None) -> bool:
         """Whether a frame is far from all wanted ones, where frames have stamps: it is decoded only for others."""
@@ -264,6 +302,7 @@ class _VideoReader:
             self._check_end(last + self.period, first + claimed)
         self._seek(first)
         count = round((last - first) * self.stream.time_base * self.rate) + 1
+        self.limits.check(self.name, "frames by its time stamps", count, self.limits.max_frames)
         return np.linspace(first, last, count).round().astype(int).tolist()
 
     def _check_whole(self, size: int | None) -> None:
@@ -281,6 +320,16 @@ class _VideoReader:
             raise ValueError(
                 f"{self.name} is cut off: its frames end at {share:.0%} of its length. Copy or download it again"
             )
+
+
+def _open_container(source: str | io.IOBase, limits: VideoLimits):
+    """Opens a path or a file object, and takes care that it can't have FFmpeg open another."""
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"} | _codec_options(limits)
+    return av.open(f"file:{source}" if isinstance(source, str) else source, options=options)
+
+
+def _codec_options(limits: VideoLimits) -> dict[str, str]:
+    return {"max_pixels": str(limits.max_pixels * 9 // 8 + 2**20)}  # FFmpeg counts what it rounds widths up to
 
 
 def _riff_size(source: str | io.IOBase) -> int:
@@ -303,6 +352,10 @@ def _picture(frame: av.VideoFrame) -> torch.Tensor:
     return torch.rot90(picture, quarters, dims=(0, 1)) if quarters else picture
 
 
+def _is_url(video: VideoFile) -> bool:
+    return isinstance(video, str) and video.startswith(("http://", "https://", "data:"))
+
+
 def _name_of(video: VideoFile) -> str:
     if isinstance(video, str) and video.startswith("data:"):
         return "the video passed as a data URL"
@@ -311,14 +364,14 @@ def _name_of(video: VideoFile) -> str:
     return repr(video.name) if isinstance(getattr(video, "name", None), str) else "the video passed as bytes"
 
 
-def _open_source(video: VideoFile, name: str) -> tuple[str | io.IOBase, int | None]:
-    """What PyAV opens, and its size in bytes where it is known."""
+def _open_source(video: VideoFile, name: str, limits: VideoLimits) -> tuple[str | io.IOBase, int]:
+    """What PyAV opens, and its size in bytes."""
     if isinstance(video, str) and video.startswith("data:"):
-        video = _decode_data_url(video)
+        video = decode_data_url(video)
     if isinstance(video, (bytes, bytearray)):
         video = io.BytesIO(video)
-    elif isinstance(video, str) and video.startswith(("http://", "https://")):
-        video = _download(video)
+    elif _is_url(video):
+        video = _download(video, limits)
     elif isinstance(video, (str, os.PathLike)):
         path = Path(video)
         if path.is_dir():
@@ -330,7 +383,8 @@ def _open_source(video: VideoFile, name: str) -> tuple[str | io.IOBase, int | No
             raise ValueError(f"{name} is empty (0 bytes)")
         return str(path), size
     if not video.seekable():
-        video = io.BytesIO(video.read())
+        # Not more than what is allowed, and one byte that tells.
+        video = io.BytesIO(video.read(-1 if math.isinf(limits.max_bytes) else int(limits.max_bytes) + 1))
     size = video.seek(0, os.SEEK_END)
     video.seek(0)
     if size == 0:
@@ -338,7 +392,7 @@ def _open_source(video: VideoFile, name: str) -> tuple[str | io.IOBase, int | No
     return video, size
 
 
-def _decode_data_url(url: str) -> bytes:
+def decode_data_url(url: str) -> bytes:
     """What stands in `data:video/mp4;base64,...`."""
     head, comma, content = url.partition(",")
     if not comma or not head.endswith(";base64"):
@@ -349,14 +403,22 @@ def _decode_data_url(url: str) -> bytes:
         raise ValueError(f"the video's data URL is no base64: {error}") from error
 
 
-def _download(url: str) -> io.IOBase:
+def _download(url: str, limits: VideoLimits) -> io.IOBase:
     """A temporary file with what a URL holds."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the reader)
+    deadline = time.monotonic() + limits.max_seconds
+    # Not compressed: a few bytes could become any number.
+    options = {"follow_redirects": True, "timeout": DOWNLOAD_TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
     try:
-        with get_session().stream("GET", url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as response:
+        with get_session().stream("GET", url, **options) as response:
             response.raise_for_status()
-            for chunk in response.iter_bytes():
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise ValueError("it comes compressed, though it was asked for as it is")
+            for chunk in response.iter_raw():
                 file.write(chunk)
+                limits.check("it", "bytes or more", file.tell(), limits.max_bytes)
+                if time.monotonic() > deadline:
+                    raise ValueError(f"it takes more than {limits.max_seconds:.0f} s")
     except Exception as error:
         file.close()
         raise OSError(f"the video at {url!r} can't be downloaded: {' '.join(str(error).split())}") from error
