@@ -15,6 +15,7 @@ SOURCE = Path(holitom_hf.__file__).parent
 # From the bottom to the top.
 ROOMS = (
     "merging",
+    "presets",
     "configuration",
     "sequence",
     "video",

@@ -1,6 +1,10 @@
 import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from transformers import LlavaOnevisionConfig
 
@@ -76,14 +80,38 @@ def test_a_bad_value_is_refused_when_assigned_and_changes_nothing():
     config = HoliTomConfig()
     with pytest.raises(ValueError, match=r"retention_ratio must be .* got 2"):
         config.retention_ratio = 2
-    with pytest.raises(AttributeError, match="HoliTomConfig has no field 'ratio'"):
-        config.ratio = 0.1
     assert config == HoliTomConfig()
 
 
-def test_an_unknown_field_is_named():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: HoliTomConfig(tau=0.8),
+        lambda: HoliTomConfig.from_dict({"tau": 0.8}),
+        lambda: HoliTomConfig.coerce({"tau": 0.8}, HoliTomConfig(retention_ratio=0.2)),
+        lambda: replace(HoliTomConfig(), tau=0.8),
+        lambda: setattr(HoliTomConfig(), "tau", 0.8),
+        lambda: HoliTomLlavaOnevisionConfig(**SMALL, holitom_config={"tau": 0.8}),
+    ],
+)
+def test_an_unknown_field_is_the_same_error_however_it_is_set(make):
     with pytest.raises(ValueError, match=r"HoliTomConfig has no field 'tau'; its fields are .*similarity_threshold"):
-        HoliTomConfig.from_dict({"tau": 0.8})
+        make()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    given = {"retention_ratio": np.float32(0.25), "similarity_threshold": np.float64(0.5)}
+    config = HoliTomConfig(**given, max_segment_frames=np.int64(4), inner_merge_layer=np.uint8(2))
+    assert config == HoliTomConfig(0.25, 0.5, 4, inner_merge_layer=2)
+    assert {type(value) for value in config.to_dict().values()} == {float, int, str, type(None)}
+    config.save_pretrained(tmp_path)
+    assert HoliTomConfig.from_pretrained(tmp_path) == config
+    with pytest.raises(TypeError, match="retention_ratio must be a number"):
+        HoliTomConfig(retention_ratio=np.True_)
+    with pytest.raises(TypeError, match="cluster_neighbors must be an integer"):
+        HoliTomConfig(cluster_neighbors=np.float32(3))
+    with pytest.raises(ValueError, match="retention_ratio must be a number"):
+        HoliTomConfig(retention_ratio=np.float16("nan"))
 
 
 def test_json_round_trip(tmp_path):
@@ -136,6 +164,76 @@ def test_all_presets_are_tested_and_an_unknown_one_is_answered_with_the_list():
     assert set(HoliTomConfig.presets()) == set(PAPER)
     with pytest.raises(ValueError, match=r"no HoliTom preset or file 'r15'; presets: .*llava-onevision-7b-r15"):
         HoliTomConfig.from_preset("r15")
+
+
+@pytest.mark.parametrize(("depth", "layer_for_18", "layer_for_60"), [(8, 5, 6), (2, 1, 1), (16, 10, 12)])
+def test_a_presets_layer_beyond_the_decoder_is_answered_with_the_one_at_the_same_depth(
+    depth, layer_for_18, layer_for_60
+):
+    for name, layer, whole, here in (
+        ("llava-onevision-7b-r15", 18, 28, layer_for_18),
+        ("llava-onevision-72b-r15", 60, 80, layer_for_60),
+    ):
+        message = (
+            f"is {layer}, but the decoder has {depth} layers: choose 1 to {depth - 1} (layer {layer} of {whole} is "
+        )
+        with pytest.raises(ValueError, match=re.escape(f"{message}{here} here), or None to leave stage 3 out")):
+            HoliTomConfig.from_preset(name).check_decoder_depth(depth)
+    HoliTomConfig(inner_merge_layer=here).check_decoder_depth(depth)
+    with pytest.raises(ValueError, match=rf"is 99, but .* choose 1 to {depth - 1}, or None"):
+        HoliTomConfig(inner_merge_layer=99).check_decoder_depth(depth)
+
+
+def test_for_every_presets_layer_its_decoder_is_known():
+    layers = {HoliTomConfig.from_preset(name).inner_merge_layer for name in HoliTomConfig.presets()} - {None}
+    assert layers <= set(HoliTomConfig.depth_of_layer)
+
+
+def test_presets_are_listed_without_torch():
+    code = "import sys; from holitom_hf.presets import preset_files; print(*preset_files(), 'torch' in sys.modules)"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(listed) == {*PAPER, "False"}
+
+
+def test_where_the_package_is_not_installed_a_presets_name_says_so(monkeypatch):
+    monkeypatch.setattr(HoliTomConfig, "presets", staticmethod(dict))
+    with pytest.raises(ValueError, match=r"presets are part of the package holitom-hf.*pass a dictionary of fields"):
+        HoliTomConfig.coerce("llava-onevision-7b-r10")
+
+
+class TestOverlay:
+    own = HoliTomConfig(
+        retention_ratio=0.3, similarity_threshold=0.6, inner_merge_layer=2, base_model_name_or_path="b"
+    )
+
+    def test_a_dictionary_changes_its_fields_and_no_others(self):
+        changed = HoliTomConfig.coerce({"retention_ratio": 0.1, "inner_merge_layer": None}, self.own)
+        assert changed.to_dict() == self.own.to_dict() | {"retention_ratio": 0.1, "inner_merge_layer": None}
+        assert self.own.retention_ratio == 0.3
+        assert HoliTomConfig.coerce({}, self.own) == self.own
+        assert HoliTomConfig.coerce(None, self.own) is self.own
+
+    @pytest.mark.parametrize("given", [HoliTomConfig(retention_ratio=0.2), "llava-onevision-7b-r20"])
+    def test_settings_and_presets_replace_all_of_them(self, given):
+        assert HoliTomConfig.coerce(given, self.own) == HoliTomConfig(retention_ratio=0.2)
+
+    def test_so_does_a_file(self, tmp_path):
+        (tmp_path / "some.json").write_text('{"retention_ratio": 0.2}')
+        assert HoliTomConfig.coerce(tmp_path / "some.json", self.own) == HoliTomConfig(retention_ratio=0.2)
+
+    def test_in_a_configuration_however_it_is_set(self, tmp_path):
+        HoliTomLlavaOnevisionConfig(**SMALL, holitom_config=self.own).save_pretrained(tmp_path)
+        expected = replace(self.own, retention_ratio=0.1)
+        loaded = HoliTomLlavaOnevisionConfig.from_pretrained(tmp_path, holitom_config={"retention_ratio": 0.1})
+        assert loaded.holitom_config == expected
+        loaded = HoliTomLlavaOnevisionConfig.from_pretrained(tmp_path)
+        before = loaded.holitom_config
+        loaded.holitom_config = {"retention_ratio": 0.1}
+        assert loaded.holitom_config == expected
+        assert before == self.own
+        assert HoliTomLlavaOnevisionConfig.from_pretrained(tmp_path, holitom_config=None).holitom_config == self.own
+        preset = HoliTomLlavaOnevisionConfig.from_pretrained(tmp_path, holitom_config="llava-onevision-7b-r15")
+        assert preset.holitom_config == HoliTomConfig()
 
 
 def test_what_is_off_is_told_from_the_settings_alone():

@@ -1,6 +1,5 @@
 """Settings of the compression as they are saved and shared: `HoliTomConfig` and its presets."""
 
-import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from transformers.utils import PushToHubMixin
 from transformers.utils.hub import cached_file
 
 from .merging.settings import MergingSettings
+from .presets import preset_files
 
 
 HOLITOM_CONFIG_NAME = "holitom_config.json"
@@ -46,15 +46,23 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
     }
 
     @classmethod
-    def coerce(cls, value: "HoliTomConfig | dict | str | os.PathLike | None") -> "HoliTomConfig":
-        """Takes what a caller may pass for `holitom_config`: a config, a dictionary, a preset's name or a path."""
+    def coerce(
+        cls, value: "HoliTomConfig | dict | str | os.PathLike | None", own: "HoliTomConfig | None" = None
+    ) -> "HoliTomConfig":
+        """
+        Takes what a caller may pass for `holitom_config`.
+
+        Args:
+            value: A config, a preset's name or a path, which replace `own`; a dictionary, which overlays it; `None`.
+            own: The settings so far; `None`: the defaults.
+        """
         if value is None:
-            return cls()
+            return cls() if own is None else own
         # By name and not by type: as remote code this class exists once per checkpoint folder.
         if type(value).__name__ == cls.__name__:
             return value if isinstance(value, cls) else cls.from_dict(value.to_dict())
         if isinstance(value, dict):
-            return cls.from_dict(value)
+            return (cls() if own is None else own).overlaid(value)
         if isinstance(value, (str, os.PathLike)):
             return cls.from_pretrained(value) if os.path.exists(value) else cls.from_preset(str(value))
         raise TypeError(
@@ -77,7 +85,10 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
         if folder.is_file():
             raise ValueError(f"{folder} is a file; HoliTomConfig.save_pretrained needs a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / HOLITOM_CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        # Written beside, then renamed: what stands under the name is never half a file.
+        beside = folder / f".{HOLITOM_CONFIG_NAME}.{os.getpid()}"
+        beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, folder / HOLITOM_CONFIG_NAME)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -116,21 +127,19 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
             ValueError: If there is no preset of that name; the message lists them.
         """
         presets = cls.presets()
+        if not presets:
+            raise ValueError(
+                f"There is no file {name!r}, and presets are part of the package holitom-hf, not of a checkpoint's "
+                "code: install it, or pass a dictionary of fields"
+            )
         if name not in presets:
-            raise ValueError(f"There is no HoliTom preset or file {name!r}; presets: {', '.join(presets) or 'none'}")
+            raise ValueError(f"There is no HoliTom preset or file {name!r}; presets: {', '.join(presets)}")
         return cls.from_pretrained(presets[name])
 
     @staticmethod
     def presets() -> dict[str, Path]:
         """Names of the settings that come with the installed package, and their files."""
-        package = importlib.util.find_spec("holitom_hf")
-        if package is None:
-            return {}
-        package_folder = Path(package.origin).parent
-        # Inside the package in a wheel, at the top of the repository in an editable install.
-        folders = (package_folder / "configs", package_folder.parents[1] / "configs")
-        files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.json"))]
-        return {file.stem: file for file in reversed(files)}
+        return preset_files()
 
 
 __all__ = ["HoliTomConfig"]

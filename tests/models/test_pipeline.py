@@ -132,7 +132,7 @@ def test_settings_for_one_call_and_for_the_pipeline(pipe, clips, demo):
     )
     try:
         pipe(chat(clips[0]), max_new_tokens=1, holitom_config=plain)
-        pipe(chat(clips[0]), max_new_tokens=1, holitom_config={"retention_ratio": 0.1, "inner_merge_layer": 2})
+        pipe(chat(clips[0]), max_new_tokens=1, holitom_config={"retention_ratio": 0.1})
         pipe(chat(clips[0]), max_new_tokens=1)
         assert seen[0] > 16 * 49
         assert seen[1] <= seen[2] < 0.4 * seen[0]
@@ -147,6 +147,39 @@ def test_settings_for_one_call_and_for_the_pipeline(pipe, clips, demo):
         forward.remove()
     with pytest.raises(ValueError, match="retention_ratio must be"):
         pipe(chat(clips[0]), holitom_config={"retention_ratio": 2})
+
+
+def test_a_dictionary_changes_what_the_construction_gave_and_that_what_the_model_has(pipe, clips, monkeypatch):
+    given = []
+    generate = type(pipe.model).generate
+    monkeypatch.setattr(
+        type(pipe.model),
+        "generate",
+        lambda self, *args, **kwargs: (
+            given.append(self.model.settings_for(kwargs.get("holitom_config"))) or generate(self, *args, **kwargs)
+        ),
+    )
+
+    def made(**kwargs):
+        own = VideoTextToTextPipeline(
+            model=pipe.model, processor=pipe.processor, task="video-text-to-text", max_new_tokens=1, **kwargs
+        )
+        return lambda **kwargs: (own(chat(clips[0]), **kwargs), given.pop())[1].to_dict()
+
+    model = pipe.model.config.holitom_config.to_dict()
+    assert made()(holitom_config={"retention_ratio": 0.1}) == model | {"retention_ratio": 0.1}
+    ask = made(holitom_config={"similarity_threshold": 0.7})
+    assert ask() == model | {"similarity_threshold": 0.7}
+    assert ask(holitom_config={"retention_ratio": 0.1}) == model | {
+        "similarity_threshold": 0.7,
+        "retention_ratio": 0.1,
+    }
+    settings = HoliTomConfig(retention_ratio=0.5, inner_merge_layer=3)
+    assert ask(holitom_config=settings) == settings.to_dict()
+    ask = made(holitom_config=settings)
+    assert ask(holitom_config={"retention_ratio": 0.1}) == settings.to_dict() | {"retention_ratio": 0.1}
+    with pytest.raises(ValueError, match=r"inner_merge_layer is 18, .* \(layer 18 of 28 is 5 here\)"):
+        ask(holitom_config="llava-onevision-7b-r15")
 
 
 def test_a_construction_keeps_what_a_call_does_not_change(pipe, clips):

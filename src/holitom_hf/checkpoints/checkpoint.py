@@ -1,5 +1,6 @@
 """What a checkpoint is: weights and settings, or settings alone that name where the weights come from."""
 
+import copy
 import json
 import os
 import tempfile
@@ -30,8 +31,8 @@ class HoliTomCheckpointMixin:
         Args:
             pretrained_model_name_or_path: Folder or Hub repository, ours or upstream's.
             config: A configuration of ours in place of the checkpoint's.
-            kwargs: As upstream; `holitom_config` (a [`HoliTomConfig`], a dict, a preset's name or a path) replaces the
-                checkpoint's settings.
+            kwargs: As upstream; `holitom_config` (a [`HoliTomConfig`], a preset's name or a path) replaces the
+                checkpoint's settings, a dictionary those of its fields.
 
         Raises:
             OSError: If the checkpoint, or the base model it names, can't be found or read.
@@ -39,6 +40,9 @@ class HoliTomCheckpointMixin:
         """
         if pretrained_model_name_or_path is None:  # weights from `state_dict`
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        if isinstance(config, PreTrainedConfig) and "holitom_config" in kwargs:
+            config = copy.deepcopy(config)
+            config.holitom_config = kwargs.pop("holitom_config")
         # From the file, since settings that replace the checkpoint's say nothing of its weights.
         base, revision = base_model_of(pretrained_model_name_or_path, kwargs)
         if base is None or _same_place(base, pretrained_model_name_or_path):
@@ -54,8 +58,7 @@ class HoliTomCheckpointMixin:
         for name in ("code_revision", "_from_auto", "adapter_kwargs"):
             kwargs.pop(name, None)
         _check_base(config, base, revision or "main", pretrained_model_name_or_path, hub_kwargs)
-        config.holitom_config.base_model_name_or_path = base
-        config.holitom_config.base_model_revision = revision
+        config.holitom_config = {"base_model_name_or_path": base, "base_model_revision": revision}
         # This class reads the weights: whatever code the base repository carries is never run.
         kwargs["trust_remote_code"] = False
         return super().from_pretrained(base, *model_args, config=config, revision=revision or "main", **kwargs)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from html import escape
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,30 @@ class MergedVideo:
     assignment: torch.Tensor
     shares: tuple[float, float] = (1.0, 1.0)
     contributions: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def __repr__(self) -> str:
+        num_frames, tokens_per_frame = self.assignment.shape
+        kinds = self.kind.tolist()
+        counts = (f"{kinds.count(kind)} {kind.name.lower()}" for kind in TokenKind if kind in kinds)
+        return (
+            f"MergedVideo({num_frames} frames of {tokens_per_frame} tokens in {len(self.segments)} segments -> "
+            f"{self.num_tokens} tokens: {', '.join(counts)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: segment by segment, how many tokens there were and what became of them."""
+        frame, kind, assignment = self.frame.cpu(), self.kind.cpu(), self.assignment.cpu()
+        rows = []
+        for start, stop in [*self.segments, (0, len(assignment))]:
+            inside = (frame >= start) & (frame < stop)
+            num, dropped = assignment[start:stop].numel(), int((assignment[start:stop] < 0).sum())
+            kinds = [int((inside & (kind == each)).sum()) for each in TokenKind]
+            rows.append((f"{start}-{stop - 1}", num, *kinds, num - dropped - sum(kinds[:2]), dropped))
+        rows[-1] = ("all", *rows[-1][1:])
+        head = ("frames", "tokens", "static", "dynamic", "newlines", "merged into these", "dropped")
+        lines = (f"<td>{'</td><td>'.join(map(str, row))}</td>" for row in rows)
+        table = f"<tr><th>{'</th><th>'.join(head)}</th></tr><tr>{'</tr><tr>'.join(lines)}</tr>"
+        return f"<p>{escape(repr(self))}</p><table>{table}</table>"
 
     @property
     def num_tokens(self) -> int:

@@ -1,7 +1,9 @@
 """The settings of the method, as plain values: what stages 1 to 3 need to know."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+import numbers
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from .inner import INNER_METHODS
@@ -33,6 +35,13 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
         raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def as_plain_number(value: Any) -> Any:
+    """A number of NumPy's as Python's, which JSON knows; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 @dataclass
 class MergingSettings:
     """
@@ -55,7 +64,8 @@ class MergingSettings:
             row of the grid that kept a token (LLaVA-Video).
 
     Raises:
-        TypeError, ValueError: When made or changed, naming the field, the value and what is allowed.
+        TypeError, ValueError: When made or changed, naming the field, the value and what is allowed. A field that
+            there is not is a `ValueError` however it is set.
     """
 
     retention_ratio: float = 0.15
@@ -85,13 +95,25 @@ class MergingSettings:
         "newline_position": lambda *field: check_choice(*field, ("end", "row")),
     }
 
+    # By layer of stage 3: the depth of the decoder it was chosen for (Qwen2 0.5B, 7B and 72B).
+    depth_of_layer: ClassVar[dict[int, int]] = {15: 24, 18: 28, 60: 80}
+
+    def __new__(cls, *args, **values):
+        cls.check_names(values)
+        return super().__new__(cls)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.checks:
-            raise AttributeError(
-                f"{type(self).__name__} has no field {name!r}; its fields are {', '.join(self.checks)}"
-            )
+        self.check_names([name])
+        value = as_plain_number(value)
         self.checks[name](type(self).__name__, name, value)
         super().__setattr__(name, value)
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raises a `ValueError` unless all of `names` are fields."""
+        unknown = ", ".join(repr(name) for name in names if name not in cls.checks)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {unknown}; its fields are {', '.join(cls.checks)}")
 
     @property
     def has_outer_stage(self) -> bool:
@@ -110,10 +132,14 @@ class MergingSettings:
 
     def check_decoder_depth(self, num_hidden_layers: int) -> None:
         """Raises a `ValueError` if stage 3 is to run at a layer that a decoder of this depth does not have."""
-        if self.has_inner_stage and self.inner_merge_layer >= num_hidden_layers:
+        layer, last = self.inner_merge_layer, num_hidden_layers - 1
+        if self.has_inner_stage and layer > last:
+            depth, hint = self.depth_of_layer.get(layer), ""
+            if depth is not None:
+                hint = f" (layer {layer} of {depth} is {min(max(round(layer / depth * (last + 1)), 1), last)} here)"
             raise ValueError(
-                f"{type(self).__name__}.inner_merge_layer is {self.inner_merge_layer}, but the decoder has "
-                f"{num_hidden_layers} layers: choose 1 to {num_hidden_layers - 1}, or None to leave stage 3 out"
+                f"{type(self).__name__}.inner_merge_layer is {layer}, but the decoder has {last + 1} layers: choose 1 "
+                f"to {last}{hint}, or None to leave stage 3 out"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,10 +148,10 @@ class MergingSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
-        """Makes settings from a dictionary; a key that is no field raises a `ValueError` naming it."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            names = ", ".join(map(repr, unknown))
-            raise ValueError(f"{cls.__name__} has no field {names}; its fields are {', '.join(sorted(known))}")
+        """Makes settings from a dictionary; fields that it does not name have their defaults."""
+        cls.check_names(values)
         return cls(**values)
+
+    def overlaid(self, values: dict[str, Any]):
+        """These settings with the fields that a dictionary names in place of their own."""
+        return self.from_dict(self.to_dict() | values)

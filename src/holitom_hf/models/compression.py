@@ -96,8 +96,8 @@ class CompressingModelMixin:
         return {}
 
     def settings_for(self, holitom_config: HoliTomConfig | dict | str | None) -> HoliTomConfig:
-        """The settings of a call: what it passes, or the model's."""
-        return self.config.holitom_config if holitom_config is None else HoliTomConfig.coerce(holitom_config)
+        """The settings of a call: the model's, what a dictionary changes of them, or others in their place."""
+        return HoliTomConfig.coerce(holitom_config, self.config.holitom_config)
 
     def compressing_forward(
         self,

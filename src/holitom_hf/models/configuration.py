@@ -11,8 +11,8 @@ from ..configuration import HoliTomConfig
 class HoliTomConfigMixin:
     """
     For the configuration of a backbone, before upstream's class: `holitom_config` is a [`HoliTomConfig`], saved with
-    the rest, and the code that a checkpoint runs is saved beside it. `model_type` stays upstream's, so that the saved
-    file also loads as upstream's.
+    the rest, and the code that a checkpoint runs is saved beside it. A dictionary that is assigned to it overlays it.
+    `model_type` stays upstream's, so that the saved file also loads as upstream's.
 
     The class declares the field, `holitom_config: HoliTomConfig | dict | str | None = None`.
     """
@@ -37,7 +37,9 @@ class HoliTomConfigMixin:
         return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        super().__setattr__(key, HoliTomConfig.coerce(value) if key == "holitom_config" else value)
+        if key == "holitom_config":
+            value = HoliTomConfig.coerce(value, vars(self).get(key))
+        super().__setattr__(key, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Overrides PreTrainedConfig.to_dict: the settings become a dictionary, too."""

@@ -27,7 +27,8 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
     Beyond the arguments of `AnyToAnyPipeline`, at construction or in a call:
 
     Args:
-        holitom_config: Settings in place of the model's: a [`HoliTomConfig`], its fields, a preset or a path.
+        holitom_config: A [`HoliTomConfig`], a preset or a path in place of the model's settings, or a dictionary of
+            those to change.
         vision_batch_size: Number of frames that go through the vision tower at once.
         num_frames: Number of frames to take of every video.
         fps: Frames to take for each second, in place of `num_frames`.
@@ -52,7 +53,11 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
     ):
         generate_kwargs = dict(generate_kwargs or {})
         if holitom_config is not None:
-            generate_kwargs["holitom_config"] = HoliTomConfig.coerce(holitom_config)
+            own = getattr(self, "_forward_params", {}).get("generate_kwargs", {}).get("holitom_config")
+            settings = HoliTomConfig.coerce(holitom_config, None if isinstance(own, dict) else own)
+            if isinstance(holitom_config, dict) and (own is None or isinstance(own, dict)):
+                settings = (own or {}) | holitom_config  # over the model's, as they are when it runs
+            generate_kwargs["holitom_config"] = settings
         for name, value in (("vision_batch_size", vision_batch_size), ("streamer", streamer)):
             if value is not None:
                 generate_kwargs[name] = value
