@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 BENCH := .bench
+SITE := site
 OLDEST_TRANSFORMERS := 5.21.0
 
-.PHONY: bench demo test test-oldest test-lmms-eval lint format clean
+.PHONY: bench demo docs test test-all test-oldest test-lmms-eval lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'holitom-hf needs Python 3.10 or newer'"
@@ -16,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m holitom_hf.apps.demo $(DEMO)
-	$(BIN)/holitom-hf answer $(DEMO)/clip.mp4 "How many shapes are there?"
+	$(BIN)/holitom-hf answer $(DEMO)/clip.mp4 "$$(cat $(DEMO)/question.txt)"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -34,6 +35,14 @@ test-lmms-eval:
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	.venv-lmms/bin/python -m pytest tests/test_lmms_eval.py
 
+# The pages of docs/ as a site. The variable leaves out a notice about the next major version of MkDocs.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(SITE)
+
+# Everything a maintainer runs before a release, beside `bench`, which needs an idle machine.
+test-all: test test-oldest test-lmms-eval docs
+	$(BIN)/python -m pytest tests/models/test_fuzzing.py --fuzz-cases 5000
+
 # Before a release, on an idle machine: what got slower since the results in examples/benchmark, which were taken with two
 # threads. Copy $(BENCH)/* there to keep the new ones.
 bench: $(VENV)/.installed
@@ -49,4 +58,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) $(BENCH) build dist
+	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) $(BENCH) $(SITE) build dist
