@@ -119,6 +119,8 @@ class _VideoReader:
         if not streams:
             kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
             raise ValueError(f"{name} has no video stream, only {', '.join(kinds)}: pass a file with moving pictures")
+        if streams[0].codec_context is None:
+            raise ValueError(f"{name} has a codec that is not known: re-encode it")
         self._take_stream(streams[0])
         self._check_size(self.stream)
         num_claimed = max(self.stream.frames, len(self.stream.index_entries))

@@ -1,0 +1,121 @@
+"""`POST /v1/chat/completions`."""
+
+import asyncio
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from pydantic import ValidationError
+from starlette.responses import Response
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.utils import GenerationState
+
+from ...answering.answerer import Answerer
+from ...video.sources import MediaSources
+from .generating import Generation, OneAtATime, OverError
+from .guard import error_response
+from .limits import ServingLimits
+from .preparing import Preparer
+from .requests import ChatRequest, TextPart, VideoPart, in_words
+from .work import Work
+
+
+NUM_THREADS = 4  # that decode
+NUM_AHEAD = 8  # requests that are prepared or answered at once: the others hold no frames yet
+USUAL_NEW_TOKENS = 1024  # upstream's
+
+
+class ChatHandler(ChatCompletionHandler):
+    """
+    `ChatCompletionHandler` for one model: checks what a client may ask, and fetches, decodes and tokenizes away from
+    the event loop.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        name: str,
+        sources: MediaSources,
+        limits: ServingLimits,
+        num_frames: int | None = None,
+    ):
+        """
+        Args:
+            answerer: With its weights loaded.
+            name: What requests call the model.
+            sources: Opens what videos and pictures are named by.
+            limits: Of each request.
+            num_frames: Frames to take of each video where a request does not say.
+        """
+        super().__init__(model_manager=None, generation_state=GenerationState())
+        self.model, self.tokenizer = answerer.model, answerer.processor.tokenizer
+        self.name, self.sources, self.limits = name, sources, limits
+        self.preparer = Preparer(answerer, limits, num_frames)
+        self.manager = OneAtATime()
+        self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prepare")
+        self.ahead = asyncio.Semaphore(NUM_AHEAD)
+
+    async def handle_request(self, body: bytes, work: Work) -> Response:
+        """
+        Overrides ChatCompletionHandler.handle_request, which trusts its clients and prepares on the event loop.
+
+        Args:
+            body: As it came.
+            work: The request's account.
+
+        Returns:
+            The answer, whole or as a stream of events, or an error with a 4xx code.
+        """
+        try:
+            asked = await self._in_thread(self._parse, body)
+            await work.held.enter_async_context(self.ahead)
+            start = time.monotonic()
+            media = [await self._open(part, work) for part in _media_of(asked)]
+            work.note("fetch", start)
+            inputs = await self._in_thread(self.preparer.prepare, asked, media, work)
+            config = self._build_generation_config(
+                asked.model_dump(exclude={"seed", "messages", "chat_template_kwargs"}), self.model.generation_config
+            )
+            if asked.num_new_tokens is None:
+                config.max_new_tokens = min(USUAL_NEW_TOKENS, self.limits.max_new_tokens)
+            generation = Generation(self.model, work, asked.seed)
+            arguments = (work.request_id, generation, self.tokenizer, self.name, inputs, config, self.manager)
+            if asked.stream:
+                response = self._streaming(*arguments)
+                work.held.push_async_callback(generation.wait)
+                return response
+            work.held.push_async_callback(generation.wait)
+            return await self._non_streaming(*arguments)
+        except OverError:
+            return error_response(408, f"the request took more than {work.max_seconds:.0f} s")
+        except RecursionError:
+            return error_response(400, "the request is nested too deeply")
+        except ValidationError as error:
+            return error_response(400, in_words(error))
+        except ValueError as error:
+            return error_response(400, " ".join(str(error).split()))
+
+    def _parse(self, body: bytes) -> ChatRequest:
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the request's body is no JSON: {error}") from error
+        asked = ChatRequest.model_validate(content)
+        if asked.model not in (None, self.name):
+            raise ValueError(f"this server has the model {self.name!r} and no other")
+        self.preparer.check(asked)
+        return asked
+
+    async def _open(self, part, work: Work) -> BinaryIO:
+        address = part.video_url if isinstance(part, VideoPart) else part.image_url
+        file = await self.sources.open(address.url)
+        work.held.callback(file.close)
+        return file
+
+    async def _in_thread(self, function, *args):
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+
+
+def _media_of(asked: ChatRequest) -> list:
+    return [part for message in asked.messages for part in message.parts if not isinstance(part, TextPart)]
