@@ -3,19 +3,22 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from holitom_hf.answering.answerer import Answerer
-from holitom_hf.apps.batch.answering import DecodedInputs, answer_or_tell, batches_by_length
+from holitom_hf.apps.batch.answering import DecodedInputs, answer_or_tell, batches_by_length, decode_ahead
 from holitom_hf.apps.batch.inputs import BatchInput, read_inputs
 from holitom_hf.apps.batch.records import BatchRecords
 from holitom_hf.apps.command_line.app import app
@@ -41,7 +44,7 @@ def failure(*arguments) -> str:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,6 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """A folder of clips of 1 to 20 frames, a broken one among them."""
-    import numpy as np
-
     folder = tmp_path_factory.mktemp("videos")
     (folder / "more").mkdir()
     random_numbers = np.random.default_rng(0)
@@ -158,6 +159,8 @@ def test_every_input_has_the_record_it_would_have_alone(model_folder, videos, tm
     answerer = Answerer(str(model_folder), device="cpu")
     answerer.load_model()
     for record in records:
+        assert record["question"] == "What?"
+        assert record["video"] == str(videos / record["id"])
         if record["id"] == "broken.mp4":
             assert "can't be read as a video" in record["error"]
             continue
@@ -209,6 +212,181 @@ def test_one_that_fails_in_a_batch_does_not_take_the_others_with_it(model_folder
     assert all("answer" in record for record in records)
 
 
+class Fails:
+    """A processor that ends as its question says."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def apply_chat_template(self, messages, **kwargs):
+        self.question = messages[0]["content"][1]["text"]
+        return self.processor.apply_chat_template(messages, **kwargs)
+
+    def __call__(self, **kwargs):
+        if self.question == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        errors = {"memory": MemoryError(), "codec": AttributeError("no codec"), "depth": RecursionError("too deep")}
+        if self.question in errors:
+            raise errors[self.question]
+        return self.processor(**kwargs)
+
+
+def test_any_error_is_the_record_of_its_input_alone(videos):
+    path = str(videos / "0.mp4")
+    inputs = [BatchInput(question, path, question) for question in ("memory", "What?", "codec", "depth")]
+    inputs += [BatchInput("none", None, "What?"), BatchInput("nul", "a\0b", "What?")]
+    decoded = DecodedInputs(inputs, list(range(6)), Fails(tiny_processor()), torch.float32)
+    found = {item.id: item for item in (decoded[number] for number in range(6))}
+    assert found["memory"].error == "MemoryError"
+    assert found["codec"].error == "AttributeError: no codec"
+    assert found["depth"].error == "RecursionError: too deep"
+    assert found["What?"].error is None
+    assert found["none"].error
+    assert found["nul"].error
+    assert found["codec"].asked == {"id": "codec", "question": "codec", "video": path}
+
+
+def test_a_row_that_cant_be_read_is_an_error_of_its_own():
+    class Rows(list):
+        def __getitem__(self, number):
+            if number == 1:
+                raise OSError("the shard is damaged")
+            return super().__getitem__(number)
+
+    rows = Rows([BatchInput("a", "a.mp4", "What?"), BatchInput("b", "b.mp4", "What?")])
+    item = DecodedInputs(rows, [1], tiny_processor(), torch.float32)[0]
+    assert item.asked | {"error": item.error} == {
+        "id": "b",
+        "question": None,
+        "video": None,
+        "error": "the shard is damaged",
+    }
+
+
+def test_a_model_that_fails_in_any_way_on_one_input_answers_the_others(model_folder, videos, monkeypatch):
+    answerer = Answerer(str(model_folder), device="cpu")
+    answerer.load_model()
+    decoded = DecodedInputs(read_inputs(str(videos), "What?"), [0, 1, 2], answerer.processor, torch.float32)
+    batch = [decoded[number] for number in range(3)]
+    generate, bad = answerer.model.generate, batch[1].features["pixel_values_videos"].shape[1]
+
+    def short_of_memory(pixel_values_videos, **kwargs):
+        if any(len(video) == bad for video in pixel_values_videos):
+            raise MemoryError
+        return generate(pixel_values_videos=pixel_values_videos, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "generate", short_of_memory)
+    records = {record["id"]: record for record in answer_or_tell(answerer, batch, 2)}
+    assert records[batch[1].id] == batch[1].asked | {"error": "MemoryError"}
+    assert all("answer" in records[item.id] for item in (batch[0], batch[2]))
+
+
+def test_a_process_that_dies_takes_only_its_input_along(videos):
+    path = str(videos / "0.mp4")
+    questions = ["a", "b", "die", "c", "die", "d", "e", "f", "g"]
+    inputs = [BatchInput(str(number), path, question) for number, question in enumerate(questions)]
+    decoded = DecodedInputs(inputs, list(range(9)), Fails(tiny_processor()), torch.float32)
+    found = list(decode_ahead(decoded, num_workers=2, num_ahead=2))
+    assert [item.id for item in found] == [str(number) for number in range(9)]
+    assert [item.id for item in found if item.error] == ["2", "4"]
+    assert "was killed" in found[2].error
+    assert found[4].asked == {"id": "4", "question": "die", "video": path}
+
+
+def test_a_file_without_a_decoder_and_a_name_that_is_no_text_do_not_end_a_run(model_folder, videos, tmp_path):
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    shutil.copy(os.fsencode(videos / "2.mp4"), folder + b"/caf\xe9 100%.mp4")
+    shutil.copy(videos / "2.mp4", tmp_path / "in" / "plain.mp4")
+    write_video(tmp_path / "in" / "a.mkv", np.zeros((3, 112, 112, 3), np.uint8))
+    content = (tmp_path / "in" / "a.mkv").read_bytes()
+    assert content.count(b"V_MPEG4/ISO/AVC") == 1
+    (tmp_path / "in" / "a.mkv").write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ"))
+    out = tmp_path / "out.jsonl"
+    options = [tmp_path / "in", out, "--question", "What?", "--model", model_folder, "--max-new-tokens", 2]
+    assert "3 records, 1 of them errors; 3 new" in run(*options, "--workers", 1).stdout
+    unknown, named, plain = read_lines(out)
+    assert (unknown["id"], named["id"], plain["id"]) == ("a.mkv", "not-utf-8://caf%E9%20100%25.mp4", "plain.mp4")
+    assert unknown["error"]
+    assert named["answer"] == plain["answer"]
+    assert "3 records, 1 of them errors; 0 new" in run(*options, "--workers", 0).stdout
+
+
+def test_a_line_is_what_ends_with_a_line_feed(model_folder, videos, tmp_path):
+    """Not what str.splitlines calls one: U+2028, U+0085 and others stand in names and questions."""
+    name, question = "a\u2028b\x85c\x1d", "What\u2029 is\x85 this?"
+    item = {"id": name, "video": str(videos / "2.mp4"), "question": question}
+    for ascii_only in (True, False):
+        path = tmp_path / f"in-{ascii_only}.jsonl"
+        path.write_text(
+            json.dumps(item, ensure_ascii=ascii_only) + "\r\n" + '{"id": "b", "video": "", "question": "Q"}\n', "utf-8"
+        )
+        assert read_inputs(str(path), "Q")[0] == BatchInput(name, item["video"], question)
+        options = [path, tmp_path / f"out-{ascii_only}.jsonl", "--model", model_folder, "--max-new-tokens", 2]
+        assert "2 records, 1 of them errors; 2 new" in run(*options, "--workers", 0).stdout
+        assert "2 records, 1 of them errors; 0 new" in run(*options, "--workers", 0).stdout
+        assert read_lines(options[1])[0]["question"] == question
+
+
+def test_a_line_too_deep_to_read_is_said_with_its_number(tmp_path):
+    (tmp_path / "inputs.jsonl").write_text("\n" + "[" * 100_000)
+    assert "line 2: no JSON" in failure(tmp_path / "inputs.jsonl", tmp_path / "out.jsonl")
+
+
+def test_what_a_stranger_lists_reads_no_file_outside_of_the_lists_folder(model_folder, videos, tmp_path):
+    folder = tmp_path / "list"
+    (folder / "more").mkdir(parents=True)
+    shutil.copy(videos / "2.mp4", folder / "more" / "in.mp4")
+    shutil.copy(videos / "2.mp4", tmp_path / "out.mp4")
+    (folder / "link.mp4").symlink_to(tmp_path / "out.mp4")
+    (folder / "up").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe.mp4")
+    inside = {"more/in.mp4", str(folder / "more" / "in.mp4"), "more/../more/in.mp4"}
+    outside = {str(tmp_path / "out.mp4"), "../out.mp4", "link.mp4", "up/out.mp4", "/dev/zero", "more/../../out.mp4"}
+    odd = {"pipe.mp4", f"file://{tmp_path}/out.mp4", "rtsp://127.0.0.1:9/a", "more"}
+    lines = [json.dumps({"id": video, "video": video, "question": "What?"}) for video in inside | outside | odd]
+    (folder / "in.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "answers.jsonl"
+    options = [folder / "in.jsonl", out, "--model", model_folder, "--max-new-tokens", 2, "--workers", 0]
+    run(*options, "--untrusted")
+    records = {record["id"]: record for record in read_lines(out)}
+    assert {name for name, record in records.items() if "answer" in record} == inside
+    assert all("outside of the inputs' folder" in records[name]["error"] for name in outside)
+    assert "is no plain file" in records["pipe.mp4"]["error"]
+    trusted = [line for line in lines if json.loads(line)["id"] in (outside - {"/dev/zero"})]
+    (folder / "in.jsonl").write_text("\n".join(trusted))
+    run(folder / "in.jsonl", tmp_path / "trusted.jsonl", *options[2:])  # one's own list may name them all
+    assert all("answer" in record for record in read_lines(tmp_path / "trusted.jsonl"))
+
+
+def test_the_bar_ends_with_what_the_summary_says(model_folder, videos, tmp_path):
+    options = ["--question", "What?", "--model", model_folder, "--max-new-tokens", 2, "--batch-size", 3]
+    result = run(videos, tmp_path / "out.jsonl", *options, "--workers", 1)
+    said = re.search(r"; (\d+) new in ([\d.]+) s \(([\d.]+) videos/s\)", result.stdout)
+    shown = re.findall(r"(\d+)/(\d+)\s+([\d.]+) videos/s", result.stderr)[-1]
+    assert shown == (said[1], said[1], said[3])
+    assert int(said[1]) / float(said[2]) == pytest.approx(float(said[3]), rel=0.1)
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from holitom_hf.apps.batch.records import BatchRecords
+records = BatchRecords(Path(sys.argv[1]), "run")
+try:
+    records.prepare()
+except ValueError as error:
+    sys.exit(str(error))
+"""
+
+
+def prepare_elsewhere(out: Path) -> subprocess.CompletedProcess:
+    """Takes an output for a run in another process, which ends at once."""
+    return subprocess.run(
+        [sys.executable, "-c", PREPARE, str(out)], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
 class TestRecords:
     def test_a_line_that_was_cut_off_is_taken_off(self, tmp_path):
         records = BatchRecords(tmp_path / "out.jsonl", "run")
@@ -227,14 +405,77 @@ class TestRecords:
         assert [record["id"] for record in read_lines(tmp_path / "out.jsonl")] == ["d", "c", "b", "a"]
 
     def test_two_runs_do_not_write_at_once(self, tmp_path):
-        first, second = BatchRecords(tmp_path / "out.jsonl", "run"), BatchRecords(tmp_path / "out.jsonl", "run")
+        out, first = tmp_path / "out.jsonl", BatchRecords(tmp_path / "out.jsonl", "run")
         first.prepare()
         first.add([{"id": "a"}], process=0)
-        with pytest.raises(ValueError, match="another run is writing"):
-            second.prepare()
+        assert f"another run is writing to {str(out)!r}" in prepare_elsewhere(out).stderr
         first.finish(["a"])
+        assert prepare_elsewhere(out).stderr == ""
+        second = BatchRecords(out, "run")
         second.prepare()
         assert set(second.read()) == {"a"}
+
+    def test_a_killed_run_is_not_held_up_by_its_workers(self, tmp_path):
+        out = tmp_path / "out.jsonl"
+        program = (
+            PREPARE
+            + """
+import os, time
+worker = os.fork()
+if worker == 0:
+    time.sleep(30)  # as a worker, which looks every five seconds whether the run is still there
+print(worker, flush=True)
+time.sleep(30)
+"""
+        )
+        run = subprocess.Popen([sys.executable, "-c", program, out], stdout=subprocess.PIPE, text=True)
+        worker = int(run.stdout.readline())
+        try:
+            assert "another run is writing" in prepare_elsewhere(out).stderr
+            run.kill()
+            run.wait()
+            os.kill(worker, 0)  # it is still there
+            assert prepare_elsewhere(out).stderr == ""
+        finally:
+            os.kill(worker, signal.SIGKILL)
+            run.stdout.close()
+
+    @pytest.mark.parametrize("kind", ["pipe", "device"])
+    def test_an_output_that_is_no_file_is_refused_and_left_alone(self, tmp_path, kind):
+        out = tmp_path / "out.jsonl"
+        if kind == "pipe":
+            os.mkfifo(out)
+        else:
+            try:
+                os.mknod(out, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            except PermissionError:
+                pytest.skip("only root may make a device")
+        before = os.stat(out)
+        with pytest.raises(ValueError, match="is a device or a pipe: name a file to write"):
+            BatchRecords(out, "run").prepare()
+        assert os.stat(out) == before
+        assert list(tmp_path.iterdir()) == [out]
+
+    def test_a_link_is_followed(self, tmp_path):
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "out.jsonl").symlink_to(tmp_path / "disk" / "answers.jsonl")
+        records = BatchRecords(tmp_path / "out.jsonl", "run")
+        records.prepare()
+        records.add([{"id": "a"}], process=0)
+        records.finish(["a"])
+        assert (tmp_path / "out.jsonl").is_symlink()
+        assert read_lines(tmp_path / "disk" / "answers.jsonl") == [{"id": "a", "run": "run"}]
+
+    @pytest.mark.parametrize("text", ["a\u2028b", "a\x85b\x0bc\x1cd", "a\nb\rc", "caf\udce9", "\ud83d"], ids=ascii)
+    def test_whatever_a_text_holds_it_comes_back(self, tmp_path, text):
+        for moment in ("added", "finished"):
+            records = BatchRecords(tmp_path / "out.jsonl", "run")
+            records.prepare()
+            records.add([{"id": text + moment, "answer": text}, {"id": moment, "error": text}], process=0)
+            assert records.read()[text + moment] == {"id": text + moment, "answer": text, "run": "run"}
+            records.finish([text + "added", "added"])
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().split(b"\n")[:-1]]
+        assert [line["id"] for line in lines] == [text + "added", "added", *sorted(["finished", text + "finished"])]
 
     def test_records_of_another_run_are_not_mixed_in(self, tmp_path, model_folder, videos):
         out = tmp_path / "out.jsonl"

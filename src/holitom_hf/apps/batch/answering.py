@@ -5,9 +5,10 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import BatchFeature
 from transformers.utils import logging
 
@@ -15,10 +16,12 @@ from ...answering.answerer import Answerer
 from ...answering.savings import row_savings
 from .inputs import BatchInput, input_ids
 from .records import BatchRecords
+from .untrusted import allowed_video
 
 
 logger = logging.get_logger(__name__)
 BATCHES_AHEAD = 4  # batches whose inputs are looked at together to find those of like length
+DIED = "the process that decoded it was killed: the video may need more memory than there is, or break the decoder"
 
 
 @dataclass
@@ -28,15 +31,24 @@ class DecodedInput:
 
     Attributes:
         id: The input's.
+        question: The input's; `None` if it could not be read.
+        video: Its path or URL; `None` if there is only the file's content.
         features: What the processor made of it; `None` if it could not.
         error: Why not.
         seconds: For decoding and processing.
     """
 
     id: str
+    question: str | None
+    video: str | None
     features: BatchFeature | None
     error: str | None
     seconds: float
+
+    @property
+    def asked(self) -> dict:
+        """The part of a record that says what was asked."""
+        return {"id": self.id, "question": self.question, "video": self.video}
 
     @property
     def length(self) -> int:
@@ -47,27 +59,101 @@ class DecodedInput:
 class DecodedInputs(Dataset):
     """Inputs as the model takes them, made where a `DataLoader`'s workers are."""
 
-    def __init__(self, inputs: Sequence[BatchInput], chosen: list[int], processor, dtype, num_frames=None):
+    def __init__(
+        self,
+        inputs: Sequence[BatchInput],
+        chosen: list[int],
+        processor,
+        dtype,
+        num_frames: int | None = None,
+        allowed_folder: Path | None = None,
+    ):
+        """
+        Args:
+            inputs: All inputs.
+            chosen: Indices of those to decode.
+            processor: The model's.
+            dtype: The model's.
+            num_frames: Frames to take of each video; `None`: at most the processor's.
+            allowed_folder: Where inputs that a stranger wrote may name files, see [`allowed_video`]; `None`: anywhere.
+        """
         self.inputs, self.chosen, self.processor = inputs, chosen, processor
-        self.dtype, self.num_frames = dtype, num_frames
+        self.dtype, self.num_frames, self.allowed_folder = dtype, num_frames, allowed_folder
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> DecodedInput:
         start = time.perf_counter()
-        item = self.inputs[self.chosen[index]]
-        features, error = None, None
+        number = self.chosen[index]
+        item, features, error = None, None, None
         try:
-            content = [{"type": "video"}, {"type": "text", "text": item.question}]
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-            features = self.processor(text=text, videos=item.video, num_frames=self.num_frames, return_tensors="pt")
-            features = features.to(dtype=self.dtype)
-        except (OSError, ValueError, TypeError) as problem:
-            error = " ".join(str(problem).split())
-        return DecodedInput(item.id, features, error, time.perf_counter() - start)
+            item = self.inputs[number]
+            features = self._features(item)
+        except Exception as problem:  # whatever a file makes a decoder do, it is this input's own
+            error = problem_text(problem)
+        return self._decoded(number, item, features, error, time.perf_counter() - start)
+
+    def of_dead(self, index: int) -> DecodedInput:
+        """An input whose process died."""
+        number = self.chosen[index]
+        return self._decoded(number, self.inputs[number], None, DIED, 0.0)
+
+    def _decoded(self, number: int, item: BatchInput | None, *outcome) -> DecodedInput:
+        if item is None:  # a row that can't be read
+            return DecodedInput(input_ids(self.inputs)[number], None, None, *outcome)
+        video = item.video
+        if isinstance(video, str):
+            video = video.encode("utf-8", "backslashreplace").decode()
+        return DecodedInput(item.id, item.question, video if isinstance(video, str) else None, *outcome)
+
+    def _features(self, item: BatchInput) -> BatchFeature:
+        video = item.video if self.allowed_folder is None else allowed_video(item.video, self.allowed_folder)
+        content = [{"type": "video"}, {"type": "text", "text": item.question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        features = self.processor(text=text, videos=video, num_frames=self.num_frames, return_tensors="pt")
+        return features.to(dtype=self.dtype)
+
+
+def problem_text(error: Exception) -> str:
+    """One line for a record; what says nothing by itself, or was not foreseen, with the kind of error."""
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, (OSError, ValueError, TypeError)) and text:
+        return text
+    return f"{kind}: {text}" if text else kind
+
+
+def decode_ahead(decoded: DecodedInputs, num_workers: int, num_ahead: int) -> Iterator[DecodedInput]:
+    """
+    Decodes inputs in order, in other processes. One that dies, of a video that needs too much memory for instance,
+    takes no other input along: those that were on their way are decoded again one at a time.
+
+    Args:
+        decoded: The inputs.
+        num_workers: Processes; 0: in this one, which nothing protects.
+        num_ahead: Inputs that each process may be ahead.
+    """
+
+    def loader(first: int, stop: int, workers: int) -> DataLoader:
+        chosen = Subset(decoded, range(first, stop))
+        ahead = min(num_ahead, stop - first) if workers else None
+        return DataLoader(chosen, batch_size=None, num_workers=workers, prefetch_factor=ahead)
+
+    number, total, one_at_a_time_until = 0, len(decoded), 0
+    while number < total:
+        is_alone = number < one_at_a_time_until
+        stop = number + 1 if is_alone else total
+        try:
+            for item in loader(number, stop, min(1, num_workers) if is_alone else num_workers):
+                yield item
+                number += 1
+        except RuntimeError as error:  # of the loader: an input's own errors are in its `DecodedInput`
+            logger.warning("a process that decodes died: %s", problem_text(error))
+            if is_alone:
+                yield decoded.of_dead(number)
+                number += 1
+            else:
+                one_at_a_time_until = min(total, number + num_workers * num_ahead)
 
 
 def run_name(answerer: Answerer, **options) -> str:
@@ -100,7 +186,7 @@ def answer_batch(answerer: Answerer, batch: list[DecodedInput], max_new_tokens: 
     Answers inputs together.
 
     Returns:
-        A record for each: id, answer, num_frames, visual tokens before and after, seconds.
+        A record for each: id, question, video, answer, num_frames, visual tokens before and after, seconds.
     """
     start = time.perf_counter()
     model, tokenizer = answerer.model, answerer.processor.tokenizer
@@ -123,8 +209,8 @@ def answer_batch(answerer: Answerer, batch: list[DecodedInput], max_new_tokens: 
     savings = row_savings(outputs.past_key_values, inputs["attention_mask"], num_visual, model.config.text_config)
     seconds = (time.perf_counter() - start) / len(batch)
     return [
-        {
-            "id": item.id,
+        item.asked
+        | {
             "answer": text.strip(),
             "num_frames": len(video),
             "tokens_before": row.visual_tokens_before,
@@ -141,19 +227,19 @@ def answer_or_tell(answerer: Answerer, batch: list[DecodedInput], max_new_tokens
     As [`answer_batch`]; what can't be answered gets its error for a record. A batch in which something fails, memory
     among others, is tried again in halves.
     """
-    records = [{"id": item.id, "error": item.error} for item in batch if item.error is not None]
+    records = [item.asked | {"error": item.error} for item in batch if item.error is not None]
     whole = [item for item in batch if item.error is None]
     if not whole:
         return records
     try:
         return records + answer_batch(answerer, whole, max_new_tokens)
-    except (ValueError, RuntimeError) as error:
-        problem = " ".join(str(error).split())
+    except Exception as error:  # an input's own, whatever it is: alone in a batch it becomes its record
+        problem = problem_text(error)
         logger.warning("%d inputs could not be answered together: %s", len(whole), problem)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(whole) == 1:
-        return records + [{"id": whole[0].id, "error": problem}]
+        return records + [whole[0].asked | {"error": problem}]
     half = len(whole) // 2
     for part in (whole[:half], whole[half:]):
         records += answer_or_tell(answerer, part, max_new_tokens)
@@ -175,6 +261,7 @@ def answer_all(
     num_workers: int = 2,
     num_frames: int | None = None,
     max_new_tokens: int = 256,
+    allowed_folder: Path | None = None,
 ) -> None:
     """
     Answers inputs; a record for each is handed on as soon as its batch is done.
@@ -188,14 +275,9 @@ def answer_all(
         num_workers: Processes that decode ahead; 0 to decode in this one.
         num_frames: Frames to take of each video; `None`: at most the processor's.
         max_new_tokens: Longest answer.
+        allowed_folder: As in [`DecodedInputs`].
     """
-    if not chosen:
-        return
-    loader = DataLoader(
-        DecodedInputs(inputs, chosen, answerer.processor, answerer.model.dtype, num_frames),
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=-(-2 * batch_size // num_workers) if num_workers else None,
-    )
-    for batch in batches_by_length(loader, batch_size):
+    decoded = DecodedInputs(inputs, chosen, answerer.processor, answerer.model.dtype, num_frames, allowed_folder)
+    num_ahead = -(-2 * batch_size // max(1, num_workers))
+    for batch in batches_by_length(decode_ahead(decoded, num_workers, num_ahead), batch_size):
         add(answer_or_tell(answerer, batch, max_new_tokens))

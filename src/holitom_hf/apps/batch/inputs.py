@@ -1,10 +1,12 @@
 """What a batch is asked: a folder of videos, a JSONL file, or a dataset."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote_from_bytes
 
 
 VIDEO_SUFFIXES = {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
@@ -92,6 +94,12 @@ def read_inputs(source: str, question: str | None = None, split: str = "train") 
     return inputs
 
 
+def folder_of(source: str) -> Path:
+    """The folder whose files the inputs of a source may name when a stranger wrote them."""
+    path = Path(source)
+    return path.parent if path.is_file() else path
+
+
 def input_ids(inputs: Sequence[BatchInput]) -> list[str]:
     """All ids, without reading a video."""
     return inputs.ids if isinstance(inputs, DatasetInputs) else [item.id for item in inputs]
@@ -103,18 +111,28 @@ def _folder_inputs(folder: Path, question: str | None) -> list[BatchInput]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
     if not files:
         raise ValueError(f"{str(folder)!r} holds no video file ({', '.join(sorted(VIDEO_SUFFIXES))})")
-    return [BatchInput(file.relative_to(folder).as_posix(), str(file), question) for file in files]
+    return [BatchInput(_folder_id(file.relative_to(folder)), str(file), question) for file in files]
+
+
+def _folder_id(path: Path) -> str:
+    """A relative path for an id. One whose bytes are no UTF-8 is quoted, and starts as no relative path can."""
+    name = path.as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "not-utf-8://" + quote_from_bytes(os.fsencode(name))
+    return name
 
 
 def _jsonl_inputs(path: Path, question: str | None) -> list[BatchInput]:
     inputs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{str(path)!r}, line {number}"
         try:
             item = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: no JSON ({error})") from error
         if not isinstance(item, dict):
             raise ValueError(f"{where}: expected an object with id, video and question")
@@ -123,7 +141,7 @@ def _jsonl_inputs(path: Path, question: str | None) -> list[BatchInput]:
         if missing:
             raise ValueError(f"{where}: {' and '.join(missing)} missing")
         video = str(item["video"])
-        if "://" not in video:
+        if "://" not in video and not video.startswith("data:"):
             video = str(path.parent / video)
         inputs.append(BatchInput(str(item["id"]), video, str(item["question"])))
     return inputs

@@ -23,7 +23,8 @@ class BatchRecords:
             output: The JSONL file to be.
             run: Stands for what a record depends on besides its input, the model and its settings; part of each.
         """
-        self.output, self.run = Path(output), run
+        # A link is followed, so that the file is replaced and not the link.
+        self.output, self.run = Path(output).resolve(), run
         self.parts = self.output.with_name(self.output.name + ".parts")
         self.file = self.lock = None
         self._read_up_to: dict[Path, tuple[int, int]] = {}
@@ -34,14 +35,17 @@ class BatchRecords:
         go on.
 
         Raises:
-            ValueError: If the output is a folder, or another run is writing to it.
+            ValueError: If the output is a folder, a device or a pipe, or another run is writing to it.
         """
         if self.output.is_dir():
             raise ValueError(f"{str(self.output)!r} is a folder: name a file to write")
+        if self.output.exists() and not self.output.is_file():
+            raise ValueError(f"{str(self.output)!r} is a device or a pipe: name a file to write")
         self.parts.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.parts / "lock", "w")  # noqa: SIM115 - held until this process ends, however it does
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Unlike flock's, this lock is the process's own: workers that outlive a killed run do not hold it.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"another run is writing to {str(self.output)!r}: wait for it, or end it") from error
         for mark in self.parts.glob("*.done"):
@@ -61,7 +65,9 @@ class BatchRecords:
         """
         records = {}
         for path in [self.output, *self._part_files()]:
-            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+                if not line:
+                    continue
                 try:
                     record = json.loads(line)
                     name, run = record["id"], record["run"]
@@ -89,8 +95,7 @@ class BatchRecords:
         """Appends records for good, as one write."""
         if self.file is None:
             self.file = os.open(self.parts / f"{process:05d}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        lines = [json.dumps(record | {"run": self.run}, ensure_ascii=False) + "\n" for record in records]
-        text = "".join(lines).encode()
+        text = "".join(_line(record | {"run": self.run}) for record in records).encode()
         while text:
             text = text[os.write(self.file, text) :]
         os.fsync(self.file)
@@ -113,13 +118,23 @@ class BatchRecords:
         """
         records = self.read()
         order = [*(name for name in ids if name in records), *sorted(set(records) - set(ids))]
-        _replace(self.output, "".join(json.dumps(records[name], ensure_ascii=False) + "\n" for name in order))
+        _replace(self.output, "".join(_line(records[name]) for name in order))
         shutil.rmtree(self.parts)
         self.lock.close()
         return records
 
     def _part_files(self) -> list[Path]:
         return sorted(self.parts.glob("*.jsonl"))
+
+
+def _line(record: dict) -> str:
+    """A record as a line of JSON; what a name or an answer holds may be no text that UTF-8 can write."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record) + "\n"
+    return line
 
 
 def _replace(path: Path, text: str) -> None:
