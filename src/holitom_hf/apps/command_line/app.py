@@ -120,13 +120,16 @@ def batch(
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at once on each process.")] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead, for each process.")] = 2,
     retry_errors: Annotated[bool, typer.Option(help="Try inputs again that ended in an error.")] = False,
+    untrusted: Annotated[
+        bool, typer.Option("--untrusted", help="A stranger wrote the inputs: no file outside of their folder is read.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
     with one_line_errors():
         settings = settings_of(preset, retention_ratio)
-        from ..batch.inputs import input_ids, read_inputs
+        from ..batch.inputs import folder_of, input_ids, read_inputs
 
         asked = read_inputs(inputs, question, split)
         quiet()
@@ -150,8 +153,9 @@ def batch(
         state.wait_for_everyone()  # before anyone adds to what the others still read
         num_before = records.count()
         answerer.load_model()
-        start = time.perf_counter()
+        folder = folder_of(inputs) if untrusted else None
         with _videos_bar(len(missing), is_shown=state.is_main_process) as bar:
+            task = bar.tasks[0]
 
             def add(new: list[dict]) -> None:
                 records.add(new, state.process_index)
@@ -169,7 +173,7 @@ def batch(
             num_errors = sum("error" in record for record in written.values())
             print(
                 f"Wrote {output}: {len(written)} records, {num_errors} of them errors; {len(missing)} new in "
-                f"{seconds:.1f} s ({len(missing) / max(seconds, 1e-9):.2f} videos/s)."
+                f"{task.finished_time or task.elapsed:.1f} s ({_videos_a_second(task)})."
             )
 
 
@@ -317,7 +321,13 @@ class _Speed(ProgressColumn):
 
     def render(self, task):
         """Overrides ProgressColumn.render."""
-        return f"{task.finished_speed or task.speed or 0:.2f} videos/s"
+        return _videos_a_second(task)
+
+
+def _videos_a_second(task) -> str:
+    """Over the whole run, so that the bar ends with what is said afterwards; rich's own forgets how it began."""
+    seconds = task.finished_time or task.elapsed
+    return f"{task.completed / seconds if seconds else 0:.2f} videos/s"
 
 
 if __name__ == "__main__":
