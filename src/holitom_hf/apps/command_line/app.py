@@ -159,16 +159,15 @@ def batch(
 
             def add(new: list[dict]) -> None:
                 records.add(new, state.process_index)
-                bar.update(bar.task_ids[0], completed=records.count() - num_before)
+                bar.update(task.id, completed=records.count() - num_before)
 
             share = missing[state.process_index :: state.num_processes]
-            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens)
+            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens, folder)
             records.mark_done(state.process_index)
             if state.is_main_process:
                 records.wait_for_all(state.num_processes)
-                bar.update(bar.task_ids[0], completed=len(missing))
+                bar.update(task.id, completed=len(missing))
         if state.is_main_process:
-            seconds = time.perf_counter() - start
             written = records.finish(input_ids(asked))
             num_errors = sum("error" in record for record in written.values())
             print(
