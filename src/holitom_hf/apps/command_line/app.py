@@ -239,20 +239,59 @@ def serve(
     frames: Frames = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    api_key: Annotated[str | None, typer.Option(help="What clients must send as Authorization: Bearer.")] = None,
+    allowed_hosts: Annotated[
+        list[str] | None, typer.Option(help="Name that this server is known by, besides localhost; may be repeated.")
+    ] = None,
+    allowed_local_media_path: Annotated[
+        Path | None, typer.Option(help="Folder whose files requests may name; default: none.")
+    ] = None,
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(help="Host that videos may come from, a private one too; may be repeated; default: public ones."),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request, data URLs included.")] = 2**26,
+    max_media_bytes: Annotated[int, typer.Option(min=1, help="Of a downloaded video or picture.")] = 2**28,
+    max_fetch_seconds: Annotated[float, typer.Option(min=0, help="Of a download.")] = 60.0,
+    max_decode_seconds: Annotated[float, typer.Option(min=0, help="Of decoding a video.")] = 60.0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of a frame.")] = 4096 * 2304,
+    max_frames: Annotated[int, typer.Option(min=1, help="To take of a video.")] = 128,
+    max_videos: Annotated[int, typer.Option(min=0, help="Videos and pictures of a request.")] = 4,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a request, videos uncompressed.")] = 32768,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 2048,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests at once, those that wait included.")] = 64,
+    max_seconds: Annotated[float, typer.Option(min=0, help="Of a request, waiting included.")] = 300.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Starts transformers' OpenAI-compatible server for one compressed model."""
+    """Starts an OpenAI-compatible server for one compressed model."""
     with one_line_errors():
         settings = settings_of(preset, retention_ratio)
         try:
-            import uvicorn
-
-            from ..serving import build_app
+            from ..serving.limits import ServingLimits
+            from ..serving.server import run_server
         except ImportError as error:
             raise ImportError(f"serving needs more ({error}): pip install 'holitom-hf[serving]'") from error
+        from ...video.sources import MediaSources
+
+        limits = ServingLimits(
+            max_body_bytes=max_body_bytes,
+            max_media_bytes=max_media_bytes,
+            max_fetch_seconds=max_fetch_seconds,
+            max_decode_seconds=max_decode_seconds,
+            max_pixels=max_pixels,
+            max_frames=max_frames,
+            max_videos=max_videos,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            max_queue=max_queue,
+            max_seconds=max_seconds,
+        )
+        sources = MediaSources(
+            allowed_local_media_path, allowed_media_domains or (), max_media_bytes, max_fetch_seconds
+        )
         answerer = _loaded(model, settings, retention_ratio, device, dtype)
-        uvicorn.run(build_app(answerer, model, frames), host=host, port=port)
+        run_server(answerer, model, host, port, frames, limits, sources, allowed_hosts or (), api_key)
 
 
 @app.command()
