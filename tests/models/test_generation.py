@@ -269,6 +269,60 @@ class TestTurns:
         assert torch.equal(second[:, -NEW:], expected[:, -NEW:])
         assert torch.equal(second[:, : ids.shape[1]], ids)
 
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_padding_inside_a_second_turn(self, model, plain, settings, batch, cache):
+        past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=140)
+        greedy = {"do_sample": False, "max_new_tokens": NEW}
+        first = model.generate(**batch, **greedy, past_key_values=past)
+        question, is_question = pad_batch([make_prompt(7, seed=31), make_prompt(3, seed=32)])
+        ids = torch.cat([first, question], 1)
+        answered = torch.ones(2, NEW, dtype=torch.long)
+        mask = torch.cat([batch["attention_mask"], answered, is_question], 1)
+        wanted = {"output_logits": True, "return_dict_in_generate": True}
+        second = model.generate(input_ids=ids, attention_mask=mask, **greedy, **wanted, past_key_values=past)
+        whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
+        lengths = [len(prompt) for prompt in PROMPTS]
+        reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], settings, prompt_lengths=lengths)
+        plain_ids, plain_mask = pad_batch(whole)
+        expected = reference.generate(
+            input_ids=plain_ids, attention_mask=plain_mask, **greedy, **wanted, use_cache=False
+        )
+        assert torch.equal(second.sequences[:, -NEW:], expected.sequences[:, -NEW:])
+        for ours, theirs in zip(second.logits, expected.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("given", ["ids", "embeddings"])
+    def test_a_second_video_with_beams(self, model, plain, settings, batch, given):
+        """Placeholders of the first turn's videos are in the ids, too, but not theirs that are encoded now."""
+        past = DynamicCache()
+        first = model.generate(**batch, do_sample=False, max_new_tokens=NEW, past_key_values=past)
+        past.batch_repeat_interleave(2)
+        videos = [make_video(4, seed=33), make_video(4, seed=34), make_video(4, seed=35, num_scenes=1)]
+        turn, is_turn = pad_batch(
+            [make_prompt(2, "video:4", 5, seed=34), make_prompt("video:4", "video:4", 3, seed=35)]
+        )
+        ids = torch.cat([first, turn], 1)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, NEW, dtype=torch.long), is_turn], 1)
+        beams = {"do_sample": False, "num_beams": 2, "max_new_tokens": NEW}
+        tokens = {
+            "ids": lambda: {"input_ids": ids},
+            "embeddings": lambda: {"inputs_embeds": model.get_input_embeddings()(ids).detach()},
+        }[given]()
+        second = model.generate(
+            **tokens, attention_mask=mask, pixel_values_videos=torch.stack(videos), **beams, past_key_values=past
+        )
+        whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
+        reference = PlainGenerator.over(
+            plain,
+            whole,
+            [[VIDEOS[0], videos[0]], [VIDEOS[1], videos[1], videos[2]]],
+            settings,
+            prompt_lengths=[[len(PROMPTS[0]), len(whole[0])], [len(PROMPTS[1]), len(whole[1]), len(whole[1])]],
+        )
+        plain_ids, plain_mask = pad_batch(whole)
+        expected = reference.generate(input_ids=plain_ids, attention_mask=plain_mask, **beams, use_cache=False)
+        assert torch.equal(second[:, -NEW:], expected[:, -NEW:])
+
     def test_only_the_new_tokens_may_be_passed_with_the_whole_mask(self, model, single):
         past = DynamicCache()
         greedy = {"do_sample": False, "max_new_tokens": NEW}

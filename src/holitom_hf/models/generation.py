@@ -19,6 +19,17 @@ logger = logging.get_logger(__name__)
 OWN_ARGUMENTS = ("holitom_config", "vision_batch_size", "prompt_length")
 
 
+class EncodedMedia(dict):
+    """
+    `mm_encoder_outputs` of a turn.
+
+    Attributes:
+        num_old: How many of the tokens that `generate` was given belong to earlier turns, whose media are not in it.
+    """
+
+    num_old = 0
+
+
 class HoliTomGenerationMixin:
     """The overrides of `GenerationMixin` that compressed videos need."""
 
@@ -58,10 +69,10 @@ class HoliTomGenerationMixin:
         )
         past = CompressedSequence.of(cache, num_new_tokens=2)
         seen = past.seen_length(cache) if past is not None else cached_length(cache)
+        num_old = seen if inputs_tensor.shape[1] == total else 0
         if model_kwargs.get("pixel_values_videos") is not None:
             is_ids = tokens.ndim == 2 and tokens.shape[1] > 0
-            new_ids = tokens[:, seen:] if is_ids and tokens.shape[1] == total else tokens
-            self.model.check_placeholders(new_ids if is_ids else None, model_kwargs["pixel_values_videos"])
+            self.model.check_placeholders(tokens[:, num_old:] if is_ids else None, model_kwargs["pixel_values_videos"])
         kept = {"prompt_length": total} | {
             name: model_kwargs[name]
             for name in ("holitom_config", "prompt_length")
@@ -71,7 +82,9 @@ class HoliTomGenerationMixin:
             inputs_tensor, model_kwargs | {"return_vision_states": False}, model_input_name, generation_config
         )
         model_kwargs.pop("return_vision_states", None)
-        return model_kwargs | kept
+        encoded = EncodedMedia(model_kwargs.get("mm_encoder_outputs") or {})
+        encoded.num_old = num_old
+        return model_kwargs | kept | {"mm_encoder_outputs": encoded}
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
         """Overrides GenerationMixin: an assistant of another kind is spared the arguments that only we take."""
@@ -91,7 +104,14 @@ class HoliTomGenerationMixin:
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
-        """Overrides GenerationMixin: what travels with a video's features is repeated for every beam as they are."""
+        """
+        Overrides GenerationMixin: what travels with a video's features is repeated for every beam as they are, and
+        placeholders of earlier turns are not counted.
+        """
+        num_old = getattr(mm_encoder_output, "num_old", 0)
+        input_ids, inputs_embeds = (
+            tokens[:, num_old:] if tokens is not None else None for tokens in (input_ids, inputs_embeds)
+        )
         video = mm_encoder_output.get("video")
         if getattr(video, "importance", None) is not None:
             indices = [torch.full((len(features),), v) for v, features in enumerate(video.pooler_output)]
@@ -154,9 +174,15 @@ class HoliTomGenerationMixin:
             layers["inner_attention"] = (past.inner_layer, past.inner_mask)
         masks = {}
         for name, (layer_idx, mask) in layers.items():
-            # Every place after the compressed ones may be taken: causality leaves out those that are not yet.
-            num_places, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], layer_idx)
-            mask = F.pad(mask, (0, num_places - mask.shape[1]), value=True) if past.is_padded else None
+            if past.is_padded or attention_mask is not None:
+                # Places after the compressed ones are real where the caller's mask says so or does not reach yet:
+                # causality leaves out those that are not taken.
+                if attention_mask is not None:
+                    mask = torch.cat([mask, attention_mask[:, past.full_length :].to(mask)], dim=1)
+                num_places, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], layer_idx)
+                mask = F.pad(mask, (0, num_places - mask.shape[1]), value=True)
+            else:
+                mask = None
             masks[name] = create_causal_mask(
                 config.get_text_config(), inputs_embeds, mask, past_key_values, layer_idx=layer_idx
             )
