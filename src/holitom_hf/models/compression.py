@@ -146,7 +146,7 @@ class CompressingModelMixin:
         encoded = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
         has_video = "video" in encoders or encoded.get("video") is not None
         is_plain = past is None and (settings.is_identity or not has_video)
-        if isinstance(attention_mask, torch.Tensor) and not is_plain:
+        if isinstance(attention_mask, torch.Tensor) and not is_plain and not torch.compiler.is_compiling():
             seen = past.seen_length(past_key_values) if past is not None else cached_length(past_key_values)
             check_mask(attention_mask, (batch_size, seen + num_new))
         for kind, (argument, encode) in encoders.items():
@@ -201,20 +201,23 @@ class CompressingModelMixin:
         decoder_kwargs: dict,
     ) -> CompressedOutput:
         """A call without a new video on a cache that was compressed: only masks and positions change."""
-        num_new = inputs_embeds.shape[1]
+        num_new, cache = inputs_embeds.shape[1], decoder_kwargs["past_key_values"]
         outer_mask = inner_mask = None
         if isinstance(attention_mask, dict):
             outer_mask = attention_mask
-        elif past.is_padded or attention_mask is not None or position_ids is None:
-            num_after = past.seen_length(decoder_kwargs["past_key_values"]) - past.full_length + num_new
-            total = past.including(num_after, attention_mask)
+        elif past.is_padded or attention_mask is not None:
+            whole = attention_mask.shape[1] if attention_mask is not None else past.seen_length(cache) + num_new
+            total = past.including(whole - past.full_length, attention_mask)
             if total.is_padded:
                 outer_mask, inner_mask = total.outer_mask, total.inner_mask
         if position_ids is not None:
             position_ids = position_ids - past.position_offset[:, None]
-        else:
+        elif isinstance(attention_mask, torch.Tensor):
             after = total.outer_mask[:, past.outer_mask.shape[1] :]
             position_ids = (past.next_position + after.cumsum(1) - 1)[:, -num_new:].clamp_min(0)
+        else:  # All that came after is real. How much that is may be known to the device alone.
+            num_after = cache.get_seq_length() - past.outer_mask.shape[1]
+            position_ids = past.next_position + num_after + torch.arange(num_new, device=inputs_embeds.device)
         if past.inner_layer is not None:
             stage = InnerStage(layer=past.inner_layer)
             if inner_mask is not None:

@@ -53,8 +53,9 @@ class CompressedSequence:
             return None
         length = cache.get_seq_length()
         # `cache.reset()` empties the layers and knows nothing of the record. A static cache counts on the device:
-        # it is asked only where a prompt may start, never in a decoding step.
-        if (isinstance(length, int) or num_new_tokens > 1) and int(length) == 0:
+        # it is asked only where a prompt may start, never in a decoding step, and not while a graph is traced.
+        may_ask = isinstance(length, int) or (num_new_tokens > 1 and not torch.compiler.is_compiling())
+        if may_ask and int(length) == 0:
             cache.compressed_sequence = None
             return None
         return record

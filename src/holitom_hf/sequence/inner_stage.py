@@ -44,6 +44,10 @@ class InnerStage:
     has_gaps: bool = False
 
 
+# As an argument of a decoder that is exported on its own.
+torch.export.register_dataclass(InnerStage)
+
+
 def merge_inside(
     hidden_states: torch.Tensor, importance: torch.Tensor, stage: InnerStage
 ) -> tuple[torch.Tensor, PackedRows]:

@@ -64,6 +64,10 @@ class PackedRows:
         return self.index[row, start : start + self.num_kept[row]]
 
 
+# As part of what a decoder returns that is exported on its own.
+torch.export.register_dataclass(PackedRows)
+
+
 def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(B, L, D) and (B, N) int64 -> (B, N, D)."""
     batch_size, length, dim = values.shape

@@ -1,0 +1,94 @@
+"""torch.export of what has fixed shapes: steps on a compressed cache, and the decoder with stage 3."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from holitom_hf import HoliTomConfig
+from holitom_hf.sequence import inner_stage, packed_rows
+from holitom_hf.sequence.inner_stage import InnerStage
+
+from ..conftest import VIDEO_TOKEN, make_prompt, make_video
+
+
+class StepOnACache(nn.Module):
+    """As transformers exports decoding: cache tensors are buffers, so the graph knows none of the numbers."""
+
+    def __init__(self, model, cache: StaticCache):
+        super().__init__()
+        self.model, self.cache = model, cache
+        for index, layer in enumerate(cache.layers):
+            for name in ("keys", "values", "cumulative_length"):
+                self.register_buffer(f"{name}_{index}", getattr(layer, name), persistent=False)
+
+    def forward(self, input_ids, **kwargs):
+        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **kwargs).logits
+
+
+@pytest.mark.parametrize("num_new", [1, 3])
+@pytest.mark.parametrize("given", ["ids alone", "mask", "positions"])
+def test_a_step_on_a_compressed_static_cache_is_exported(model, plain, settings, num_new, given):
+    prompt, video = make_prompt(3, "video:4", 5, seed=1), make_video(4, seed=2)
+    new = make_prompt(num_new, seed=3)
+    whole = torch.cat([prompt, new])
+    kwargs = {
+        "ids alone": {},
+        "mask": {"attention_mask": torch.ones(1, len(whole), dtype=torch.long)},
+        "positions": {"position_ids": torch.arange(len(prompt), len(whole))[None]},
+    }[given]
+    cache = StaticCache(model.config, max_cache_len=100)
+    with torch.no_grad():
+        model(input_ids=prompt[None], pixel_values_videos=video[None], past_key_values=cache, use_cache=True)
+        traced_with = make_prompt(num_new, seed=4)[None]
+        program = torch.export.export(StepOnACache(model, cache), (traced_with,), kwargs, strict=True)
+        logits = program.module()(new[None], **kwargs)[0]
+    expected = plain.logits(whole, [video], settings, prompt_length=len(prompt))[-num_new:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_with_stage_3_is_exported(model, plain):
+    """What survives depends on the content, how much does not."""
+    settings = HoliTomConfig(outer_method="none", inner_merge_layer=2)
+    prompt = make_prompt(3, "video:4", 5, seed=1)
+    is_video = prompt == VIDEO_TOKEN
+    videos = [make_video(4, seed=seed) for seed in (5, 6)]
+    inputs = []
+    for video in videos:
+        embeds = model.get_input_embeddings()(prompt).detach().clone()
+        embeds[is_video] = plain.encode(video, settings).tokens
+        stage = InnerStage(
+            layer=2,
+            past_mask=torch.ones(1, 0, dtype=torch.bool),
+            mask=torch.ones(1, len(prompt), dtype=torch.bool),
+            videos=[[is_video.nonzero()[:, 0]]],
+            merge_ratio=settings.inner_merge_ratio,
+            num_real=[len(prompt)],
+            padding_side="left",
+            query=torch.tensor([len(prompt) - 1]),
+        )
+        positions = torch.arange(len(prompt))[None]
+        inputs.append({"inputs_embeds": embeds[None], "inner_stage": stage, "position_ids": positions})
+    with torch.no_grad():
+        program = torch.export.export(
+            model.model.language_model, (), inputs[0] | {"use_cache": False}, strict=False
+        ).module()
+        for video, given in zip(videos, inputs):
+            outputs = program(**given, use_cache=False)
+            logits = model.lm_head(outputs.last_hidden_state)[0]
+            survived = outputs.survivors.index[0]
+            expected = plain.logits(prompt, [video], settings)
+            assert len(survived) == len(prompt) - 33  # half of 65 video tokens, rounded to even, is 32
+            torch.testing.assert_close(logits, expected[survived], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("module", [inner_stage, packed_rows])
+def test_code_of_a_checkpoint_may_be_run_beside_the_package_and_again(module):
+    """transformers runs a checkpoint's files as modules of their own, and anew when they changed."""
+    source = Path(module.__file__).read_text()
+    for _ in range(2):
+        exec(
+            compile(source, module.__file__, "exec"), {"__name__": module.__name__, "__package__": module.__package__}
+        )
