@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..answering.answerer import Answer, Answerer
 from ..bundled import BUNDLED_ABOUT, BUNDLED_MODEL
-from ..bundled.questions import Question, draw_set, uniform_times
+from ..bundled.questions import Question, draw_set, is_countable, uniform_times
 from ..configuration import HoliTomConfig
 from ..evaluation.methods import full_run
 from ..evaluation.running import is_right
@@ -30,22 +30,23 @@ def write_clip(path: Path, num_frames: int = 64, side: int = 224) -> list[Questi
         side: Width and height in pixels.
 
     Returns:
-        Five questions of different types about it.
+        Five questions of different types about it; the first is the one to ask first.
     """
     for clip, questions in draw_set(500, "test", seed=2026):
         by_type = {question.type: question for question in questions}
-        if len(by_type) >= NUM_QUESTIONS and "motion" in by_type:
+        if len(by_type) >= NUM_QUESTIONS and "motion" in by_type and len(clip.scenes) == 3 and is_countable(clip):
             write_video(path, clip.render(uniform_times(num_frames), side), fps=8)
-            return list(by_type.values())[:NUM_QUESTIONS]
+            return [by_type.pop("motion"), *by_type.values()][:NUM_QUESTIONS]
     raise LookupError("no clip has questions of enough types")
 
 
-def main(folder: Annotated[Path, typer.Argument(help="For clip.mp4.")]) -> None:
-    """Writes clip.mp4 into FOLDER and answers questions about it."""
+def main(folder: Annotated[Path, typer.Argument(help="For the clip.")]) -> None:
+    """Writes clip.mp4 and, in question.txt, what to ask about it into FOLDER, and answers questions about it."""
     console = Console(width=max(Console().width, 110))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "clip.mp4"
     questions = write_clip(path)
+    (folder / "question.txt").write_text(questions[0].text + "\n")
     console.print(f"Wrote {path}. {BUNDLED_ABOUT}", soft_wrap=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

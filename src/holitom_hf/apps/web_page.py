@@ -15,7 +15,7 @@ from transformers import TextIteratorStreamer
 from transformers.utils import logging
 
 from ..answering.answerer import Answer, Answerer
-from ..bundled.questions import draw_set, uniform_times
+from ..bundled.questions import Question, draw_set, is_countable, uniform_times
 from ..configuration import HoliTomConfig
 from ..evaluation.methods import full_run
 from ..video.encoding import write_video
@@ -29,6 +29,7 @@ MAX_SECONDS = 3600
 MAX_QUESTION = 500  # characters
 MAX_NEW_TOKENS = 128
 TOKEN_TIMEOUT = 600.0  # seconds to wait for the next piece of an answer
+EXAMPLE_TYPES, EXAMPLE_SEED = ("motion", "scene order", "relation"), 7
 TITLE = "HoliTom: video language models on a tenth of the tokens"
 ABOUT = (
     f"# {TITLE}\nThe same model answers twice: from all of the video's tokens, and from those that "
@@ -42,21 +43,21 @@ class DemoError(Exception):
     """What a visitor is told; nothing in it comes from the machine."""
 
 
-def draw_examples(folder: Path, number: int = 3) -> list[list[str]]:
+def draw_examples(folder: Path) -> list[tuple[str, Question]]:
     """
-    Writes drawn clips to try.
+    Writes drawn clips to try, one for each of [`EXAMPLE_TYPES`].
 
     Returns:
         A video's path and a question for each.
     """
     examples = []
-    for clip, questions in draw_set(200, "test", seed=7):
-        wanted = [q for q in questions if q.type in ("motion", "scene order", "relation")]
-        if wanted:
+    for clip, questions in draw_set(200, "test", seed=EXAMPLE_SEED):
+        wanted = [q for q in questions if q.type == EXAMPLE_TYPES[len(examples)]]
+        if wanted and is_countable(clip):
             path = folder / f"clip{len(examples) + 1}.mp4"
             write_video(path, clip.render(uniform_times(48), 224), fps=8)
-            examples.append([str(path), wanted[-1].text])
-        if len(examples) == number:
+            examples.append((str(path), wanted[0]))
+        if len(examples) == len(EXAMPLE_TYPES):
             break
     return examples
 
@@ -225,7 +226,7 @@ def build_app(answerer: Answerer, about: str = "", num_frames: int | None = None
         gr.Markdown("### What HoliTom made of every token")
         picture = gr.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
         inputs = [video, question, ratio, threshold]
-        gr.Examples(examples, [video, question], cache_examples=False)
+        gr.Examples([[path, question.text] for path, question in examples], [video, question], cache_examples=False)
         # One after another: answers that share the machine would spoil each other's times.
         for event in (ask.click, question.submit):
             event(side_by_side.answer, inputs, [*outputs, picture], concurrency_limit=1, concurrency_id="model")

@@ -70,6 +70,11 @@ def uniform_times(num_frames: int) -> np.ndarray:
     return (np.arange(num_frames) + 0.5) / num_frames
 
 
+def is_countable(clip: Clip) -> bool:
+    """Whether there is a word for the number of a clip's shapes: whoever sees the clip may well ask for it."""
+    return len(clip.shapes) < len(NUMBERS)
+
+
 def ask(clip: Clip, times: np.ndarray, random: np.random.Generator) -> list[Question]:
     """
     All sorts of questions that the frames at `times` answer.
@@ -300,7 +305,7 @@ def read_set(folder: Path) -> list[VideoQuestion]:
     path = Path(folder) / "questions.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: write a set with `holitom-hf questions {folder}`")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return [VideoQuestion(text=line.pop("question"), **line) for line in lines]
 
 
