@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -333,7 +334,9 @@ def test_a_line_too_deep_to_read_is_said_with_its_number(tmp_path):
     assert "line 2: no JSON" in failure(tmp_path / "inputs.jsonl", tmp_path / "out.jsonl")
 
 
-def test_what_a_stranger_lists_reads_no_file_outside_of_the_lists_folder(model_folder, videos, tmp_path):
+def test_what_a_stranger_lists_reads_its_folder_and_no_private_host(model_folder, videos, tmp_path):
+    host = socket.create_server(("127.0.0.1", 0))  # answers nobody; a connection would wait in its queue
+    port = host.getsockname()[1]
     folder = tmp_path / "list"
     (folder / "more").mkdir(parents=True)
     shutil.copy(videos / "2.mp4", folder / "more" / "in.mp4")
@@ -343,7 +346,7 @@ def test_what_a_stranger_lists_reads_no_file_outside_of_the_lists_folder(model_f
     os.mkfifo(folder / "pipe.mp4")
     inside = {"more/in.mp4", str(folder / "more" / "in.mp4"), "more/../more/in.mp4"}
     outside = {str(tmp_path / "out.mp4"), "../out.mp4", "link.mp4", "up/out.mp4", "/dev/zero", "more/../../out.mp4"}
-    odd = {"pipe.mp4", f"file://{tmp_path}/out.mp4", "rtsp://127.0.0.1:9/a", "more"}
+    odd = {"pipe.mp4", f"file://{tmp_path}/out.mp4", "rtsp://127.0.0.1:9/a", "more", f"http://127.0.0.1:{port}/a.mp4"}
     lines = [json.dumps({"id": video, "video": video, "question": "What?"}) for video in inside | outside | odd]
     (folder / "in.jsonl").write_text("\n".join(lines))
     out = tmp_path / "answers.jsonl"
@@ -351,8 +354,12 @@ def test_what_a_stranger_lists_reads_no_file_outside_of_the_lists_folder(model_f
     run(*options, "--untrusted")
     records = {record["id"]: record for record in read_lines(out)}
     assert {name for name, record in records.items() if "answer" in record} == inside
-    assert all("outside of the inputs' folder" in records[name]["error"] for name in outside)
-    assert "is no plain file" in records["pipe.mp4"]["error"]
+    assert all("is outside the folder" in records[name]["error"] for name in outside)
+    assert "is no file" in records["pipe.mp4"]["error"]
+    assert "127.0.0.1 is not a public host" in records[f"http://127.0.0.1:{port}/a.mp4"]["error"]
+    host.settimeout(0)
+    with host, pytest.raises(BlockingIOError):  # nobody knocked
+        host.accept()
     trusted = [line for line in lines if json.loads(line)["id"] in (outside - {"/dev/zero"})]
     (folder / "in.jsonl").write_text("\n".join(trusted))
     run(folder / "in.jsonl", tmp_path / "trusted.jsonl", *options[2:])  # one's own list may name them all

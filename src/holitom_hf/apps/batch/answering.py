@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from ...answering.answerer import Answerer
 from ...answering.savings import row_savings
+from ...video.sources import MediaSources
 from .inputs import BatchInput, input_ids
 from .records import BatchRecords
 from .untrusted import allowed_video
@@ -66,7 +66,7 @@ class DecodedInputs(Dataset):
         processor,
         dtype,
         num_frames: int | None = None,
-        allowed_folder: Path | None = None,
+        sources: MediaSources | None = None,
     ):
         """
         Args:
@@ -75,10 +75,10 @@ class DecodedInputs(Dataset):
             processor: The model's.
             dtype: The model's.
             num_frames: Frames to take of each video; `None`: at most the processor's.
-            allowed_folder: Where inputs that a stranger wrote may name files, see [`allowed_video`]; `None`: anywhere.
+            sources: What inputs that a stranger wrote may name, see [`allowed_video`]; `None`: anything.
         """
         self.inputs, self.chosen, self.processor = inputs, chosen, processor
-        self.dtype, self.num_frames, self.allowed_folder = dtype, num_frames, allowed_folder
+        self.dtype, self.num_frames, self.sources = dtype, num_frames, sources
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -108,7 +108,7 @@ class DecodedInputs(Dataset):
         return DecodedInput(item.id, item.question, video if isinstance(video, str) else None, *outcome)
 
     def _features(self, item: BatchInput) -> BatchFeature:
-        video = item.video if self.allowed_folder is None else allowed_video(item.video, self.allowed_folder)
+        video = item.video if self.sources is None else allowed_video(item.video, self.sources)
         content = [{"type": "video"}, {"type": "text", "text": item.question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         features = self.processor(text=text, videos=video, num_frames=self.num_frames, return_tensors="pt")
@@ -261,7 +261,7 @@ def answer_all(
     num_workers: int = 2,
     num_frames: int | None = None,
     max_new_tokens: int = 256,
-    allowed_folder: Path | None = None,
+    sources: MediaSources | None = None,
 ) -> None:
     """
     Answers inputs; a record for each is handed on as soon as its batch is done.
@@ -275,9 +275,9 @@ def answer_all(
         num_workers: Processes that decode ahead; 0 to decode in this one.
         num_frames: Frames to take of each video; `None`: at most the processor's.
         max_new_tokens: Longest answer.
-        allowed_folder: As in [`DecodedInputs`].
+        sources: As in [`DecodedInputs`].
     """
-    decoded = DecodedInputs(inputs, chosen, answerer.processor, answerer.model.dtype, num_frames, allowed_folder)
+    decoded = DecodedInputs(inputs, chosen, answerer.processor, answerer.model.dtype, num_frames, sources)
     num_ahead = -(-2 * batch_size // max(1, num_workers))
     for batch in batches_by_length(decode_ahead(decoded, num_workers, num_ahead), batch_size):
         add(answer_or_tell(answerer, batch, max_new_tokens))

@@ -94,12 +94,6 @@ def read_inputs(source: str, question: str | None = None, split: str = "train") 
     return inputs
 
 
-def folder_of(source: str) -> Path:
-    """The folder whose files the inputs of a source may name when a stranger wrote them."""
-    path = Path(source)
-    return path.parent if path.is_file() else path
-
-
 def input_ids(inputs: Sequence[BatchInput]) -> list[str]:
     """All ids, without reading a video."""
     return inputs.ids if isinstance(inputs, DatasetInputs) else [item.id for item in inputs]

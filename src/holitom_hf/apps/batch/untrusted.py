@@ -1,26 +1,32 @@
 """What inputs that a stranger wrote may name."""
 
+import asyncio
 from pathlib import Path
 
+from ...video.sources import MediaSources
 
-def allowed_video(video: str | bytes, folder: Path) -> str | bytes:
+
+def stranger_sources(source: str) -> MediaSources:
+    """What inputs of a source may name when a stranger wrote them: public hosts, and files of the inputs' folder."""
+    path = Path(source)
+    folder = path.parent if path.is_file() else path
+    return MediaSources(folder if folder.is_dir() else None)
+
+
+def allowed_video(video: str | bytes, sources: MediaSources) -> bytes:
     """
-    A video of an input that is not trusted, to be opened.
+    The content of a video that an input names, read here so that nothing else is opened and all limits hold.
 
     Args:
         video: Path, URL or the file's bytes.
-        folder: The only one, with those in it, whose files may be read.
+        sources: What may be read.
 
     Raises:
-        ValueError: If it is a file elsewhere, also by a link, no plain file, or a URL that may not be read.
+        ValueError: If it may not be read, or can't be.
     """
-    if not isinstance(video, str) or video.startswith("data:"):
+    if not isinstance(video, str):
         return video
-    if "://" in video:
-        raise ValueError(f"{video!r} is a URL: with --untrusted none is read")
-    path, folder = Path(video).resolve(), Path(folder).resolve()
-    if not path.is_relative_to(folder):
-        raise ValueError(f"{video!r} lies outside of the inputs' folder: with --untrusted no such file is read")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{video!r} is no plain file")
-    return str(path)
+    if "://" not in video and not video.startswith("data:"):
+        video = str(Path(video).absolute())
+    with asyncio.run(sources.open(video)) as file:
+        return file.read()
