@@ -129,7 +129,7 @@ def batch(
     """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
     with one_line_errors():
         settings = settings_of(preset, retention_ratio)
-        from ..batch.inputs import folder_of, input_ids, read_inputs
+        from ..batch.inputs import input_ids, read_inputs
 
         asked = read_inputs(inputs, question, split)
         quiet()
@@ -138,6 +138,7 @@ def batch(
         from ...answering.answerer import Answerer
         from ..batch.answering import answer_all, missing_inputs, run_name
         from ..batch.records import BatchRecords
+        from ..batch.untrusted import stranger_sources
 
         state = PartialState(cpu=device == "cpu")
         if state.num_processes > 1:
@@ -153,7 +154,7 @@ def batch(
         state.wait_for_everyone()  # before anyone adds to what the others still read
         num_before = records.count()
         answerer.load_model()
-        folder = folder_of(inputs) if untrusted else None
+        sources = stranger_sources(inputs) if untrusted else None
         with _videos_bar(len(missing), is_shown=state.is_main_process) as bar:
             task = bar.tasks[0]
 
@@ -162,7 +163,7 @@ def batch(
                 bar.update(task.id, completed=records.count() - num_before)
 
             share = missing[state.process_index :: state.num_processes]
-            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens, folder)
+            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens, sources)
             records.mark_done(state.process_index)
             if state.is_main_process:
                 records.wait_for_all(state.num_processes)
