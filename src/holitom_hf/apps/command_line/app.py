@@ -121,7 +121,8 @@ def batch(
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead, for each process.")] = 2,
     retry_errors: Annotated[bool, typer.Option(help="Try inputs again that ended in an error.")] = False,
     untrusted: Annotated[
-        bool, typer.Option("--untrusted", help="A stranger wrote the inputs: no file outside of their folder is read.")
+        bool,
+        typer.Option("--untrusted", help="A stranger wrote the inputs: only files of their folder and public hosts."),
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
