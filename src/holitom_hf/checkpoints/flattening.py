@@ -2,9 +2,9 @@
 From a package to flat files, which is all that transformers' dynamic modules know.
 
 What a backbone's entry files import, directly or not, is found in their syntax trees. Each module is written under
-its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Docstrings are
-cut to their first sentence, and those of private functions left out: whoever reads a checkpoint's code finds the rest
-in the file that its first line names.
+its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Docstrings
+are cut to their first sentence, and those of private functions left out: whoever reads a checkpoint's code finds the
+rest in the file that its first line names.
 """
 
 import ast
