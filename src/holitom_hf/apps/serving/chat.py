@@ -13,7 +13,7 @@ from transformers.cli.serving.utils import GenerationState
 
 from ...answering.answerer import Answerer
 from ...video.sources import MediaSources
-from .generating import Generation, OneAtATime, OverError
+from .generating import Generation, GenerationError, OneAtATime, OverError
 from .guard import error_response
 from .limits import ServingLimits
 from .preparing import Preparer
@@ -87,8 +87,10 @@ class ChatHandler(ChatCompletionHandler):
                 return response
             work.held.push_async_callback(generation.wait)
             return await self._non_streaming(*arguments)
-        except OverError:
-            return error_response(408, f"the request took more than {work.max_seconds:.0f} s")
+        except OverError as error:
+            return error_response(408, str(error))
+        except GenerationError as error:
+            return error_response(500, str(error))
         except RecursionError:
             return error_response(400, "the request is nested too deeply")
         except ValidationError as error:

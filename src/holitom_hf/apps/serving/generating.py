@@ -21,6 +21,10 @@ class OverError(RuntimeError):
     """A request took too long, or its client left."""
 
 
+class GenerationError(RuntimeError):
+    """The model failed; the log says how."""
+
+
 class OneAtATime(GenerateManager):
     """`GenerateManager` whose waiting requests may be cancelled."""
 
@@ -53,11 +57,11 @@ class Generation:
 
         Raises:
             OverError: If it took too long, or the client left.
-            RuntimeError: If something failed; the log says what.
+            GenerationError: If something failed; the log says what.
         """
         self.work.note("queue", self.submitted)
         try:
-            self._check()
+            check(self.work)
             return self._generate(**kwargs)
         except OverError:
             raise
@@ -65,7 +69,7 @@ class Generation:
             if self.work.cancelled.is_set():
                 raise
             logger.exception("%s failed while generating", self.work.request_id)
-            raise RuntimeError(f"the server failed on this request ({self.work.request_id})") from error
+            raise GenerationError(f"the server failed on this request ({self.work.request_id})") from error
         finally:
             self.finished.set_result(None)
 
@@ -80,7 +84,7 @@ class Generation:
             self.work.note("encode", start)
         elif pixel_values_videos is not None:
             kwargs["pixel_values_videos"] = pixel_values_videos
-        self._check()
+        check(self.work)
         start, progress = time.monotonic(), _Progress(self.work)
         outputs = self.model.generate(
             input_ids=input_ids,
@@ -102,16 +106,17 @@ class Generation:
             "inner": savings.visual_tokens_inner,
             "answer": outputs.sequences.shape[1] - input_ids.shape[1],
         }
-        self._check()
         return outputs.sequences
 
-    def _check(self) -> None:
-        if self.work.is_over:
-            raise OverError(f"the request took more than {self.work.max_seconds:.0f} s")
+
+def check(work: Work) -> None:
+    """Raises an `OverError` if nobody waits for a request any more."""
+    if work.is_over:
+        raise OverError(f"the request took more than {work.max_seconds:.0f} s")
 
 
 class _Progress(StoppingCriteria):
-    """Ends an answer that nobody waits for, and notes when its first token came."""
+    """Breaks off an answer that nobody waits for, and notes when its first token came."""
 
     def __init__(self, work: Work):
         self.work, self.first_token_at = work, None
@@ -120,4 +125,5 @@ class _Progress(StoppingCriteria):
         """Overrides StoppingCriteria.__call__: (B,) bool."""
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
-        return torch.full((len(input_ids),), self.work.is_over, device=input_ids.device)
+        check(self.work)  # an end would look like the answer's own
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

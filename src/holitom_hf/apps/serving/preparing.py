@@ -12,7 +12,7 @@ from transformers import BatchFeature
 
 from ...answering.answerer import Answerer
 from ...video.decoding import read_video
-from .generating import OverError
+from .generating import check
 from .limits import ServingLimits
 from .requests import ChatRequest, ImagePart, TextPart, VideoPart
 from .work import Work
@@ -74,8 +74,7 @@ class Preparer:
         parts = [part for message in asked.messages for part in message.parts if not isinstance(part, TextPart)]
         num_videos = len(asked.of_kind(VideoPart))
         for part, file in zip(parts, media):
-            if work.is_over:
-                raise OverError
+            check(work)
             if isinstance(part, ImagePart):
                 pictures.append(self._picture(file))
                 continue
@@ -107,7 +106,9 @@ class Preparer:
                 raise ValueError(f"it has {picture.width} x {picture.height} pixels")
             return picture.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            text = str(error) if isinstance(error, ValueError) else f"it is no {', '.join(PICTURES)} file, or damaged"
+            text = f"it is no {', '.join(PICTURES)} file, or damaged"
+            if isinstance(error, (ValueError, Image.DecompressionBombError)):
+                text = f"{error}, and {self.limits.max_pixels} pixels are allowed"
             raise ValueError(f"a picture of the request can't be read: {text}") from error
 
     def _tokenized(self, asked: ChatRequest, videos: list[torch.Tensor], found: list, pictures: list) -> BatchFeature:

@@ -53,6 +53,10 @@ def build_app(
     async def as_clients_read_it(request: Request, error: HTTPException) -> JSONResponse:
         return error_response(error.status_code, str(error.detail), **(error.headers or {}))
 
+    @app.exception_handler(Exception)
+    async def not_told_on(request: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"the server failed on this request ({request.scope['work'].request_id})")
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
