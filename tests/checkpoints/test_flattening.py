@@ -46,19 +46,10 @@ class Guest:
 
         home.
         """
-
-    def eat(self):
-        """
-        Overrides Person.eat: with a fork,
-        slowly.
-        """
-
-    def _chew(self):
-        """In private."""
         return 1
 
-    def _swallow(self):
-        """In private, too."""
+    def eat(self):
+        """Hook. With a fork."""
 
     name = "from .room.table import nothing"
 ''',
@@ -86,18 +77,16 @@ def test_what_entries_import_is_written_under_joined_names_and_runs(tmp_path):
     assert run.stdout.strip() == "4 from .room.table import nothing"
 
 
-def test_comments_stay_and_docstrings_keep_their_first_sentence(tmp_path):
+def test_comments_stay_docstrings_are_cut_to_a_sentence_or_left_out(tmp_path):
     source = write(tmp_path, FILES)
     text = flatten(source, {"entry_point": source / "entry.py"})["entry_point"]
     assert text.startswith('# From holitom_hf/entry.py.\n\n"""The door."""\n')
     assert "lay,  # a comment stays" in text
     assert '    """Comes in, sits at the table of 2.5\n    legs, and eats."""\n\n    def' in text
-    assert '    """One line."""\n    from' in text
-    assert '        """Goes"""\n' in text
-    assert '        """Overrides Person.eat."""\n' in text
-    assert "    def _chew(self):\n        return 1\n" in text
-    assert '    def _swallow(self):\n        """In private, too."""\n' in text
-    for gone in ("More about", "Then it", "goes out", "And a half", "home", "fork", "slowly"):
+    assert "def main():\n    from .room_deep_chair" in text
+    assert "    def leave(self):\n        return 1\n" in text
+    assert '    def eat(self):\n        """Hook."""\n' in text
+    for gone in ("More about", "Then it", "goes out", "One line", "And a half", "home", "fork"):
         assert gone not in text
 
 

@@ -2,9 +2,9 @@
 From a package to flat files, which is all that transformers' dynamic modules know.
 
 What a backbone's entry files import, directly or not, is found in their syntax trees. Each module is written under
-its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Docstrings
-are cut to their first sentence, and those of private functions left out: whoever reads a checkpoint's code finds the
-rest in the file that its first line names.
+its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Docstrings of
+functions are left out, the others cut to their first sentence: whoever reads a checkpoint's code finds the rest in the
+file that its first line names.
 """
 
 import ast
@@ -90,21 +90,21 @@ def _with_module(line: str, node: ast.ImportFrom, name: str, file: Path) -> str:
 
 def _shorten_docstrings(lines: list[str | None], tree: ast.Module) -> None:
     """
-    Cuts docstrings to their first sentence (an override's to the name of what it overrides), or to the first paragraph
-    if that has no full stop, and takes out those of private functions. Lines that go become `None`.
+    Takes out docstrings of functions, and cuts those of modules and classes to their first sentence (or paragraph, if
+    that has no full stop). Lines that go become `None`.
     """
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Module, *SCOPES)) or ast.get_docstring(node) is None:
             continue
         first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
-        if node.body[1:] and getattr(node, "name", "").startswith("_") and not isinstance(node, ast.ClassDef):
+        if not isinstance(node, ast.Module | ast.ClassDef) and len(node.body) > 1:
             lines[first : last + 1] = [None] * (last + 1 - first)
             continue
         start = first + 1 if lines[first].strip() == '"""' else first
         end = next((number for number in range(start, last) if not lines[number].strip()), last + 1)
         for number in range(start, end):
-            if sentence := re.match(r'(.*\bOverrides [\w.]+(?=:)|.*?\.(?=\s|"""|$))', lines[number]):
-                lines[number], end = sentence[0].removesuffix(".") + ".", number + 1
+            if sentence := re.match(r'.*?\.(?=\s|"""|$)', lines[number]):
+                lines[number], end = sentence[0], number + 1
                 break
         if not lines[end - 1].endswith('"""'):
             lines[end - 1] += '"""'
