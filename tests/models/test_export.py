@@ -11,7 +11,7 @@ from holitom_hf import HoliTomConfig
 from holitom_hf.sequence import inner_stage, packed_rows
 from holitom_hf.sequence.inner_stage import InnerStage
 
-from ..conftest import VIDEO_TOKEN, make_prompt, make_video
+from ..conftest import IDENTITY, VIDEO_TOKEN, make_prompt, make_video, pad_batch
 
 
 class StepOnACache(nn.Module):
@@ -49,6 +49,23 @@ def test_a_step_on_a_compressed_static_cache_is_exported(model, plain, settings,
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_step_of_padded_rows_is_exported_with_the_mask(model, plain, settings):
+    prompts, videos = [make_prompt(3, "video:4", n, seed=n) for n in (5, 2)], [make_video(4, seed=n) for n in (2, 3)]
+    ids, mask = pad_batch(prompts)
+    new = torch.stack([make_prompt(2, seed=6), make_prompt(2, seed=7)])
+    cache = StaticCache(model.config, max_cache_len=100)
+    given = {"attention_mask": torch.cat([mask, torch.ones_like(new)], 1)}
+    with torch.no_grad():
+        pixels = torch.stack(videos)
+        model(input_ids=ids, attention_mask=mask, pixel_values_videos=pixels, past_key_values=cache, use_cache=True)
+        program = torch.export.export(StepOnACache(model, cache), (new.flip(0),), given, strict=True)
+        logits = program.module()(new, **given)
+    for row, (prompt, video) in enumerate(zip(prompts, videos)):
+        whole = torch.cat([prompt, new[row]])
+        expected = plain.logits(whole, [video], settings, prompt_length=len(prompt))[-2:]
+        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_decoder_with_stage_3_is_exported(model, plain):
     """What survives depends on the content, how much does not."""
     settings = HoliTomConfig(outer_method="none", inner_merge_layer=2)
@@ -82,6 +99,29 @@ def test_a_decoder_with_stage_3_is_exported(model, plain):
             expected = plain.logits(prompt, [video], settings)
             assert len(survived) == len(prompt) - 33  # half of 65 video tokens, rounded to even, is 32
             torch.testing.assert_close(logits, expected[survived], atol=1e-5, rtol=1e-5)
+
+
+class Prompt(nn.Module):
+    """A prompt with a video, as the only inputs."""
+
+    def __init__(self, model, **kwargs):
+        super().__init__()
+        self.model, self.kwargs = model, kwargs
+
+    def forward(self, input_ids, pixel_values_videos):
+        return self.model(input_ids=input_ids, pixel_values_videos=pixel_values_videos, **self.kwargs).logits
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_prompt_of_which_nothing_is_compressed_is_exported(model, upstream, strict):
+    prompt = make_prompt(3, "video:4", 5, seed=1)[None]
+    traced_with, video = make_video(4, seed=2)[None], make_video(4, seed=3)[None]
+    with torch.no_grad():
+        module = Prompt(model, holitom_config=IDENTITY, use_cache=False)
+        program = torch.export.export(module, (prompt, traced_with), strict=strict)
+        logits = program.module()(prompt, video)
+        expected = upstream(input_ids=prompt, pixel_values_videos=video).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("module", [inner_stage, packed_rows])

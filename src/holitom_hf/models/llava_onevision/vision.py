@@ -27,7 +27,7 @@ class LlavaOnevisionVisionMixin:
                 raise ValueError(
                     f"video {index} has shape {tuple(frames.shape)}; expected (frames, channels, height, width)"
                 )
-        if input_ids is not None:
+        if input_ids is not None and not torch.compiler.is_compiling():
             tokens_per_frame = self.config.tokens_per_frame
             expected = [len(frames) * tokens_per_frame + 1 for frames in pixel_values_videos]
             assign_videos((input_ids == self.config.video_token_id).sum(1).tolist(), expected)
