@@ -1,7 +1,9 @@
 """What a checkpoint is: saved, loaded, wrapped, with and without its weights, with and without this package."""
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from holitom_hf import (
     HoliTomConfig,
+    HoliTomLlavaOnevisionConfig,
     HoliTomLlavaOnevisionForConditionalGeneration,
     HoliTomLlavaOnevisionModel,
     HoliTomQwen2Model,
 )
 from holitom_hf.bundled.tiny_model import tiny_processor
+from holitom_hf.checkpoints.model_card import model_card
 
 from ..conftest import make_prompt, make_video
 
@@ -306,8 +310,6 @@ class TestConfigOnly:
 
     def test_code_in_the_base_is_never_run(self, base, tmp_path, inputs):
         """The base names remote code that would leave a trace."""
-        import shutil
-
         trap = tmp_path / "trap"
         shutil.copytree(base, trap)
         values = json.loads((trap / "config.json").read_text())
@@ -322,3 +324,107 @@ class TestConfigOnly:
         write_clip(tmp_path / "clip.mp4", num_frames=16, side=112)
         TestWithoutThePackage().run(self.make(trap, tmp_path / "small"), tmp_path, inputs, "trust")
         assert not (tmp_path / "trace").exists()
+
+
+SAVE_AND_DIE = """
+import os, sys
+import torch
+from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration
+import safetensors.torch, transformers.modeling_utils
+
+folder, what = sys.argv[1:]
+model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(folder)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(1)
+model.config.holitom_config.retention_ratio = 0.77
+write = transformers.modeling_utils.safe_save_file
+
+def half(tensors, filename, **kwargs):
+    write(tensors, filename, **kwargs)
+    if what == "second" and "00001-of" in str(filename):
+        return
+    with open(filename, "r+b") as file:
+        file.truncate(1000)
+    os.kill(os.getpid(), 9)
+
+transformers.modeling_utils.safe_save_file = half
+model.save_pretrained(folder, max_shard_size="40KB" if what == "second" else "1GB")
+"""
+
+
+class TestSaving:
+    @pytest.mark.parametrize("what", ["first", "second"])
+    def test_a_save_that_is_killed_leaves_the_checkpoint_as_it_was(self, checkpoint, tmp_path, what):
+        folder = tmp_path / "model"
+        shutil.copytree(checkpoint, folder)
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        run = subprocess.run([sys.executable, "-c", SAVE_AND_DIE, str(folder), what], check=False)
+        assert run.returncode == -9
+        assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+        load(HoliTomLlavaOnevisionForConditionalGeneration, folder)
+
+    def test_whole_weights_replace_shards_and_shards_replace_them(self, model, tmp_path):
+        other = HoliTomLlavaOnevisionForConditionalGeneration(model.config)
+        (tmp_path / "notes.txt").write_text("mine")
+        for size, saved in (("40KB", model), ("1GB", other), ("40KB", model)):
+            saved.save_pretrained(tmp_path, max_shard_size=size)
+            loaded = load(HoliTomLlavaOnevisionForConditionalGeneration, tmp_path).state_dict()
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.state_dict().items())
+            assert (tmp_path / "model.safetensors").exists() == (size == "1GB")
+            assert (tmp_path / "model.safetensors.index.json").exists() == (size == "40KB")
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+    def test_a_file_is_no_folder(self, model, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ValueError, match="file is a file; save_pretrained needs a folder"):
+            model.save_pretrained(tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+class TestLocalBase:
+    """A config-only checkpoint whose base is a folder of this machine."""
+
+    def small(self, upstream, tmp_path, monkeypatch, caplog) -> Path:
+        (tmp_path / "secret").mkdir()
+        upstream.save_pretrained(tmp_path / "secret" / "base")
+        monkeypatch.chdir(tmp_path / "secret")
+        model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
+            "base", holitom_config={"inner_merge_layer": 2}
+        )
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        model.save_pretrained(tmp_path / "small", config_only=True)
+        self.model = model
+        return tmp_path / "small"
+
+    def test_its_path_is_absolute_and_a_warning_says_who_can_load_it(self, upstream, tmp_path, monkeypatch, caplog):
+        folder = self.small(upstream, tmp_path, monkeypatch, caplog)
+        [record] = [r for r in caplog.records if "takes its weights from" in r.message]
+        assert record.levelname == "WARNING"
+        assert str(tmp_path / "secret" / "base") in record.message
+        monkeypatch.chdir(tmp_path)
+        loaded = load(HoliTomLlavaOnevisionForConditionalGeneration, folder, holitom_config={"retention_ratio": 0.4})
+        assert loaded.config.holitom_config.base_model_name_or_path == str(tmp_path / "secret" / "base")
+        config = HoliTomLlavaOnevisionConfig.from_pretrained(folder, holitom_config={"retention_ratio": 0.4})
+        assert config.holitom_config.base_model_name_or_path == str(tmp_path / "secret" / "base")
+
+    def test_the_path_stays_out_of_the_model_card_and_such_a_push_is_refused(
+        self, upstream, tmp_path, monkeypatch, caplog
+    ):
+        folder = self.small(upstream, tmp_path, monkeypatch, caplog)
+        card = (folder / "README.md").read_text()
+        assert "secret" not in card
+        assert "base_model:" not in card
+        assert "holds no weights" in card
+        assert "loads as the plain" not in card
+        for card in (model_card(self.model.config, False), model_card(self.model.config, True)):
+            assert "secret" not in card
+            assert str(tmp_path) not in card
+        with pytest.raises(ValueError, match="nobody else could load user/small: its base model is a folder"):
+            self.model.push_to_hub("user/small", config_only=True)
+
+    def test_a_whole_checkpoint_says_that_it_loads_without_trust(self, model):
+        card = model_card(model.config, False)
+        assert "loads as the plain, uncompressed model" in card
+        assert "holds no weights" not in card

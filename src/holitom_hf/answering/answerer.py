@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from transformers import BatchFeature, TextStreamer
 
+from ..checkpoints.reading import hub_options, load_whole
 from ..configuration import HoliTomConfig
 from ..models.registry import backbone_class, backbone_of
 from .savings import cache_bytes, row_savings
@@ -108,7 +109,7 @@ class Answerer:
     def __init__(
         self,
         model: str,
-        settings: HoliTomConfig | None = None,
+        settings: HoliTomConfig | dict | None = None,
         retention_ratio: float | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -118,13 +119,14 @@ class Answerer:
 
         Args:
             model: Folder or Hub repository.
-            settings: Compression settings; `None`: the checkpoint's.
+            settings: Compression settings in place of the checkpoint's, or a dictionary of those to change.
             retention_ratio: Replaces that of the settings.
             device: `"cpu"`, `"cuda"`, ..., or `"auto"`.
             dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
 
         Raises:
-            OSError, ValueError: If the checkpoint can't be read, or the device or dtype is not known.
+            OSError, ValueError: If the checkpoint can't be read (a Hub that does not answer is asked once), or the
+                device or dtype is not known.
         """
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -137,19 +139,30 @@ class Answerer:
         self.name, self.dtype = model, dtype
         kwargs = {} if settings is None else {"holitom_config": settings}
         with self._naming_the_model():
-            self.backbone = backbone_of(model)
-            self.config = backbone_class(self.backbone, "config").from_pretrained(model, **kwargs)
-            self.processor = backbone_class(self.backbone, "processor").from_pretrained(model)
+            self.hub_options = hub_options(model)
+            self.backbone = backbone_of(model, **self.hub_options)
+            self.config = backbone_class(self.backbone, "config").from_pretrained(model, **kwargs, **self.hub_options)
+            self.processor = backbone_class(self.backbone, "processor").from_pretrained(model, **self.hub_options)
         if retention_ratio is not None:
-            self.config.holitom_config.retention_ratio = retention_ratio
+            self.config.holitom_config = {"retention_ratio": retention_ratio}
         self.config.holitom_config.check_decoder_depth(self.config.text_config.num_hidden_layers)
         self.model = None
 
     def load_model(self) -> None:
-        """Loads the weights."""
+        """
+        Loads the weights.
+
+        Raises:
+            OSError: If some are missing or damaged.
+        """
         with self._naming_the_model():
-            self.model = backbone_class(self.backbone, "generation").from_pretrained(
-                self.name, config=self.config, dtype=self.dtype, device_map=self.device_map
+            self.model = load_whole(
+                backbone_class(self.backbone, "generation"),
+                self.name,
+                config=self.config,
+                dtype=self.dtype,
+                device_map=self.device_map,
+                **self.hub_options,
             )
             self.model.eval()
 
@@ -202,7 +215,7 @@ class Answerer:
         question: PreparedQuestion,
         max_new_tokens: int = 256,
         streamer: TextStreamer | None = None,
-        settings: HoliTomConfig | None = None,
+        settings: HoliTomConfig | dict | None = None,
     ) -> Answer:
         """
         Merges, runs the decoder and collects the figures.
@@ -211,7 +224,7 @@ class Answerer:
             question: Prepared and encoded.
             max_new_tokens: Longest answer.
             streamer: Gets the tokens as they come.
-            settings: For this answer in place of the model's.
+            settings: For this answer in place of the model's, or a dictionary of those to change.
         """
         start = time.perf_counter()
         stopwatch = _Stopwatch(self.processor.tokenizer, streamer)

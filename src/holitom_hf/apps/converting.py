@@ -6,6 +6,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from ..checkpoints.checkpoint import base_model_of
+from ..checkpoints.reading import hub_options, load_whole
 from ..configuration import HoliTomConfig
 from ..models.registry import backbone_class, backbone_of
 
@@ -31,26 +33,28 @@ def write_checkpoint(
         config_only: Write no weights; they stay in `base`, and are not even read.
 
     Raises:
-        OSError, ValueError: If `base` can't be read, or is of another architecture.
+        OSError, ValueError: If `base` can't be read, lacks weights, or is of another architecture.
     """
     kwargs = {} if settings is None else {"holitom_config": settings}
-    backbone = backbone_of(base)
+    hub = hub_options(base)
+    backbone = backbone_of(base, **hub)
     model_class = backbone_class(backbone, "generation")
-    config = backbone_class(backbone, "config").from_pretrained(base, **kwargs)
+    config = backbone_class(backbone, "config").from_pretrained(base, **kwargs, **hub)
     if retention_ratio is not None:
-        config.holitom_config.retention_ratio = retention_ratio
+        config.holitom_config = {"retention_ratio": retention_ratio}
     if config_only:
-        config.holitom_config.base_model_name_or_path = base
+        source, revision = base_model_of(base, hub)  # what has no weights itself names who has
+        config.holitom_config = {"base_model_name_or_path": source or base, "base_model_revision": revision}
         with torch.device("meta"):
             model = model_class._from_config(config, dtype=config.dtype)
         model.generation_config = GenerationConfig.from_model_config(config)
         try:
-            model.generation_config = GenerationConfig.from_pretrained(base)
+            model.generation_config = GenerationConfig.from_pretrained(base, **hub)
         except OSError:
             logger.info(f"{base} has no generation_config.json; one is made from its config.")
         model.save_pretrained(folder, config_only=True)
         return
-    processor = backbone_class(backbone, "processor").from_pretrained(base)
-    model = model_class.from_pretrained(base, config=config, dtype="auto")
+    processor = backbone_class(backbone, "processor").from_pretrained(base, **hub)
+    model = load_whole(model_class, base, config=config, dtype="auto", **hub)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

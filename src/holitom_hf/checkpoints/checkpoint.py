@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .model_card import model_card
+from .writing import is_local, written_aside
 
 
 logger = logging.get_logger(__name__)
@@ -76,13 +77,18 @@ class HoliTomCheckpointMixin:
         Raises:
             ValueError: With `config_only`, if no base model is known.
         """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; save_pretrained needs a folder")
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
         settings = self.config.holitom_config
         base = (settings.base_model_name_or_path, settings.base_model_revision)
         if config_only:
             return self._save_config_only(save_directory, base, **kwargs)
         settings.base_model_name_or_path = settings.base_model_revision = None
         try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            with written_aside(save_directory) as folder:
+                return super().save_pretrained(folder, *args, **kwargs)
         finally:
             settings.base_model_name_or_path, settings.base_model_revision = base
 
@@ -94,24 +100,31 @@ class HoliTomCheckpointMixin:
                 "a config-only checkpoint must name its base model, and this model was not loaded from one: set "
                 "model.config.holitom_config.base_model_name_or_path first"
             )
+        if is_local(name):
+            name = os.path.abspath(os.path.expanduser(name))
+            logger.warning(f"{save_directory} takes its weights from {name}: only this machine can load it.")
         settings.base_model_name_or_path = name
         try:
             self.config.architectures = [type(self).__name__]
             self.config.dtype = str(self.dtype).removeprefix("torch.")
-            self.config.save_pretrained(save_directory)
-            if self.can_generate():
-                self.generation_config.save_pretrained(save_directory)
             processor = {
                 "processor_class": self.config.backbone.upstream_processor,
                 "auto_map": {name: self.config.auto_map[name] for name in ("AutoProcessor", "AutoVideoProcessor")},
             }
-            folder = Path(save_directory)
-            (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-            (folder / "README.md").write_text(model_card(self.config, is_config_only=True), encoding="utf-8")
+            texts = {
+                "processor_config.json": json.dumps(processor, indent=2) + "\n",
+                "README.md": model_card(self.config, is_config_only=True),
+            }
+            with written_aside(save_directory) as folder:
+                self.config.save_pretrained(folder)
+                if self.can_generate():
+                    self.generation_config.save_pretrained(folder)
+                for name, text in texts.items():
+                    Path(folder, name).write_text(text, encoding="utf-8")
         finally:
             settings.base_model_name_or_path = base[0]
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), config_only=True, **kwargs)
+            self.push_to_hub(config_only=True, **kwargs)
 
     def push_to_hub(
         self,
@@ -139,7 +152,14 @@ class HoliTomCheckpointMixin:
 
         Raises:
             OSError: If the Hub can't be reached or refuses; the repository is as it was then.
+            ValueError: With `config_only`, if the base model is a folder, which nobody else has.
         """
+        base = self.config.holitom_config.base_model_name_or_path or self.config._name_or_path
+        if config_only and base and is_local(base):
+            raise ValueError(
+                f"without weights, nobody else could load {repo_id}: its base model is a folder of this machine. Set "
+                "model.config.holitom_config.base_model_name_or_path to a repository, or push the weights, too"
+            )
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, config_only=config_only, **kwargs)
@@ -173,7 +193,8 @@ def base_model_of(checkpoint: str | os.PathLike, kwargs: dict) -> tuple[str | No
     """
     hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "revision", "subfolder") if name in kwargs}
     values, _ = PreTrainedConfig.get_config_dict(checkpoint, **hub_kwargs)
-    settings = values.get("holitom_config") or {}
+    settings = values.get("holitom_config")
+    settings = settings if isinstance(settings, dict) else {}
     return settings.get("base_model_name_or_path"), settings.get("base_model_revision")
 
 

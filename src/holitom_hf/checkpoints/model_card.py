@@ -1,10 +1,9 @@
 """The README.md of a checkpoint on the Hub."""
 
-import os
-
 from huggingface_hub import ModelCardData
 
 from ..merging.flops import prefill_flops, tokens_by_layer
+from .writing import is_local
 
 
 CITATION = """\
@@ -30,7 +29,8 @@ def model_card(config, is_config_only: bool, repo_id: str = "user/repo") -> str:
     """
     settings = config.holitom_config
     base = settings.base_model_name_or_path or config._name_or_path or None
-    is_on_hub = bool(base) and not os.path.exists(base)
+    is_on_hub = bool(base) and not is_local(base)
+    source = f"`{base}`" if is_on_hub else "a folder of the machine it was made on"
     # Settings and code are ours to license; weights stay under the licence they came with.
     license_name = {"license": "apache-2.0"} if is_config_only else {"license": "other", "license_name": "base-model"}
     metadata = ModelCardData(
@@ -40,19 +40,23 @@ def model_card(config, is_config_only: bool, repo_id: str = "user/repo") -> str:
         tags=["holitom", "token-merging", "video", config.model_type.replace("_", "-")],
         **license_name,
     )
-    values = settings.to_dict() | ({"base_model_name_or_path": base} if is_config_only else {})
+    values = settings.to_dict() | {"base_model_name_or_path": base if is_config_only and is_on_hub else None}
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in values.items())
-    weights = f"This repository holds no weights: they are loaded from `{base}`.\n\n" if is_config_only else ""
+    plain = (
+        f"This repository holds no weights: `trust_remote_code=True` loads them from {source},\n"
+        "and without it nothing loads."
+        if is_config_only
+        else "Without\n`trust_remote_code=True` the same repository loads as the plain, uncompressed model."
+    )
     return f"""---
 {metadata.to_yaml()}
 ---
 
 # {config.backbone.title} with HoliTom
 
-Training-free token merging for video (HoliTom, NeurIPS 2025, arXiv 2505.21334), inside `transformers`. Without
-`trust_remote_code=True` the same repository loads as the plain, uncompressed model.
+Training-free token merging for video (HoliTom, NeurIPS 2025, arXiv 2505.21334), inside `transformers`. {plain}
 
-{weights}```python
+```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 name = "{repo_id}"
