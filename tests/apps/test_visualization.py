@@ -1,17 +1,29 @@
 """Pictures of a merged video: what they say of each token, and the files that hold them."""
 
 import re
+import shutil
 
 import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from holitom_hf import HoliTomConfig
+from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
-from holitom_hf.apps.visualization import COLORS, Fate, paint_frame, plot_merging, token_fates
+from holitom_hf.apps.picture_files import view_merging
+from holitom_hf.apps.visualization import (
+    COLORS,
+    Fate,
+    fates_after_stage_3,
+    frame_legend,
+    paint_frame,
+    plot_merging,
+    token_fates,
+)
+from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.merging.merged_video import TokenKind
 from holitom_hf.merging.outer import merge_video_tokens
 
@@ -62,17 +74,78 @@ def test_every_token_is_told_what_became_of_it(merged):
     assert int(kept.sum()) == merged.num_tokens
 
 
-def test_veils_lie_over_the_right_part_of_a_frame():
+def test_only_kept_tokens_are_tinted():
     grey = np.full((40, 60, 3), 128, np.uint8)
     fates = np.array([Fate.DROPPED, Fate.STATIC_KEPT, Fate.DYNAMIC_KEPT, Fate.STATIC_MERGED])
     painted = paint_frame(grey, fates).astype(int)
-    assert (painted[:20, :30] < 60).all()  # dropped: dark, and grey
-    assert (painted[:20, :30].std(-1) == 0).all()
-    for place, color in (((0, 30), "#0072B2"), ((20, 0), "#D55E00"), ((20, 30), "#56B4E9")):
-        tile = painted[place[0] : place[0] + 20, place[1] : place[1] + 30]
+    dropped, static, dynamic, merged = (painted[y : y + 20, x : x + 30] for y in (0, 20) for x in (0, 30))
+    for tile in (dropped, static, dynamic, merged):
         assert (tile == tile[0, 0]).all()
+    assert (dropped < 60).all()
+    assert (merged > 180).all()
+    for neutral in (dropped, merged):
+        assert (neutral.std(-1) == 0).all()
+    for tile, color in ((static, "#0072B2"), (dynamic, "#D55E00")):
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.sign(tile[0, 0] - 128) == np.sign(wanted - 128)).all()
+    np.testing.assert_array_equal(paint_frame(grey, np.array([Fate.DYNAMIC_MERGED])), paint_frame(grey, fates[3:]))
+
+
+def test_a_legend_names_what_occurs_and_nothing_else(merged):
+    fates = token_fates(merged).numpy()
+    names = [name for _, name in frame_legend(fates)]
+    occurs = {Fate(value) for value in np.unique(fates)}
+    assert ("static, kept for its segment" in names) == (Fate.STATIC_KEPT in occurs)
+    assert ("dynamic, selected" in names) == (Fate.DYNAMIC_KEPT in occurs)
+    assert ("merged into a kept one" in names) == bool({Fate.STATIC_MERGED, Fate.DYNAMIC_MERGED} & occurs)
+    assert ("dropped" in names) == (Fate.DROPPED in occurs)
+    assert [name for _, name in frame_legend(np.full((2, 16), Fate.DYNAMIC_KEPT))] == ["dynamic, selected"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_what_stage_3_removed_is_merged_or_dropped(merged, fold):
+    """Against a plain loop over the record."""
+    fates = token_fates(merged)
+    survives = torch.rand(merged.num_tokens, generator=torch.Generator().manual_seed(2)) < 0.5
+    after = fates_after_stage_3(merged, fates.numpy(), survives.numpy(), fold)
+    for frame in range(NUM_FRAMES):
+        for position in range(SIDE * SIDE):
+            before, expected = int(fates[frame, position]), int(fates[frame, position])
+            if before in (Fate.STATIC_KEPT, Fate.DYNAMIC_KEPT):
+                target = int(merged.assignment[frame, position])
+                if not survives[target]:
+                    expected = before + 1 if fold else Fate.DROPPED
+            assert after[frame, position] == expected
+    kept = (after == Fate.STATIC_KEPT) | (after == Fate.DYNAMIC_KEPT)
+    assert kept.sum() == survives.sum()
+
+
+def test_the_tokens_shown_after_stage_3_are_those_the_decoder_kept(demo):
+    answerer = Answerer(str(BUNDLED_MODEL), device="cpu")
+    answerer.load_model()
+    question = "Which way does the white square move?"
+    view = view_merging(answerer, str(demo / "clip.mp4"), question=question)
+    prepared = answerer.prepare(str(demo / "clip.mp4"), question)
+    answerer.encode(prepared)
+    output = answerer.model.generate(
+        **{name: prepared.features[name] for name in ("input_ids", "attention_mask")},
+        mm_encoder_outputs={"video": prepared.encoded},
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+    )
+    inside, video = [], iter(range(view.merged.num_tokens))  # what enters the decoder, one by one
+    for token in prepared.features["input_ids"][0].tolist():
+        if token != answerer.model.config.video_token_id:
+            inside.append(None)
+        elif (number := next(video, None)) is not None:
+            inside.append(number)
+        elif inside[-1] is not None:
+            inside += ["newline"] if inside[-1] != "newline" else []
+    kept = [inside[index] for index in output.inner_keep[0].tolist()]
+    assert view.survives.nonzero()[:, 0].tolist() == [number for number in kept if isinstance(number, int)]
+    assert 0 < view.survives.sum() < view.merged.num_tokens
+    other = view_merging(answerer, str(demo / "clip.mp4"), question="What is the background at the start?")
+    assert not torch.equal(other.survives, view.survives)  # it depends on the question
 
 
 def test_colors_differ_in_lightness_or_hue_for_the_colour_blind():
@@ -87,16 +160,26 @@ def test_colors_differ_in_lightness_or_hue_for_the_colour_blind():
     assert min(np.linalg.norm(a - b) for i, a in enumerate(colors) for b in colors[:i]) > 40
 
 
+@pytest.mark.parametrize("has_stage_3", [True, False])
 @pytest.mark.parametrize("num_shown", [1, 3, 9])
-def test_the_figure_has_a_picture_for_each_frame_and_all_counts(num_shown):
+def test_the_figure_has_every_frame_untouched_and_in_each_state_and_all_counts(num_shown, has_stage_3):
     features = torch.randn(num_shown, SIDE * SIDE, 16, generator=torch.Generator().manual_seed(1))
     merged = merge_video_tokens(features, torch.rand(num_shown, SIDE * SIDE), HoliTomConfig(retention_ratio=0.3))
     similarity = torch.zeros(num_shown - 1, SIDE * SIDE)
-    figure = plot_merging(merged, np.zeros((num_shown, 32, 48, 3), np.uint8), similarity, threshold=0.8)
-    assert sum(len(axes.images) for axes in figure.axes) == num_shown
+    frames = np.random.default_rng(0).integers(0, 255, (num_shown, 32, 48, 3), dtype=np.uint8)
+    survives = torch.arange(merged.num_tokens) % 2 == 0 if has_stage_3 else None
+    figure = plot_merging(merged, frames, similarity, threshold=0.8, survives=survives, question="What?")
+    images = [image.get_array() for axes in figure.axes for image in axes.images]
+    assert len(images) == num_shown * (3 if has_stage_3 else 2)
+    for frame in frames:
+        assert sum(np.array_equal(image, frame) for image in images) == 1
     assert len(figure.axes) == (3 if num_shown > 1 else 2)
     texts = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
     assert len(re.findall(r"frames? \d", texts)) >= len(merged.segments)
+    assert "frame 0" not in texts
+    assert ("stage 3" in texts) == has_stage_3
+    if has_stage_3:
+        assert f"{int(survives.sum())} tokens" in texts
     assert f"{merged.num_tokens} tokens" in texts
     figure.canvas.draw()
 
@@ -112,27 +195,63 @@ class TestCommand:
     def test_a_picture(self, demo, tmp_path):
         out = tmp_path / "new" / "merged.png"
         result = run("visualize", demo / "clip.mp4", "-o", out, "--model", demo / "model", "--frames", 8)
-        assert re.search(r"392 tokens of 8 frames in \d segments, \d+ kept", " ".join(result.stdout.split()))
+        assert re.search(r"392 tokens of 8 frames in \d segments, \d+ kept, \d+ left", " ".join(result.stdout.split()))
         picture = np.asarray(Image.open(out).convert("RGB"))
         assert picture.shape[1] == 1650
         assert picture.std() > 20
         assert [file.name for file in out.parent.iterdir()] == ["merged.png"]
 
-    def test_a_video_shows_each_frame_beside_its_tokens(self, demo, tmp_path):
+    def test_a_video_shows_each_frame_beside_its_tokens_and_counts_from_1(self, demo, tmp_path, monkeypatch):
+        texts, draw = [], ImageDraw.ImageDraw.text
+        monkeypatch.setattr(
+            ImageDraw.ImageDraw,
+            "text",
+            lambda self, xy, text, *args: (texts.append(text), draw(self, xy, text, *args)),
+        )
         run("visualize", demo / "clip.mp4", "-o", tmp_path / "a.mp4", "--model", demo / "model", "--frames", 5)
         with av.open(str(tmp_path / "a.mp4")) as container:
             shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(shown) == 5
         assert shown[0].shape == (448 + 96, 2 * 448 + 24, 3)
+        assert [text for text in texts if text.startswith("frame")] == [f"frame {n} of 5" for n in range(1, 6)]
+        spans = [re.search(r"frames? (\d)(?:-(\d))?: ", text) for text in texts if text.startswith("segment")]
+        covered = [(int(span[1]), int(span[2] or span[1])) for span in spans]
+        assert all(first <= number <= last for number, (first, last) in enumerate(covered, 1))
+        assert (covered[0][0], covered[-1][1]) == (1, 5)
 
     def test_a_page_needs_nothing_else_and_names_every_token(self, demo, tmp_path):
-        run("visualize", demo / "clip.mp4", "-o", tmp_path / "a.html", "--model", demo / "model", "--frames", 6)
+        options = ["--model", demo / "model", "--frames", 6, "--question", "Is <b> red?"]
+        run("visualize", demo / "clip.mp4", "-o", tmp_path / "a.html", *options)
         page = (tmp_path / "a.html").read_text()
         assert page.count("<rect class=") == 6 * 49
         assert page.count("data:image/jpeg;base64,") == 6
         assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page.replace("xlink:", ""))
-        num_kept = len(re.findall(r'class="f\d kept"', page))
+        num_kept = len(re.findall(r'class="f\d kept', page))
+        num_gone = len(re.findall(r'class="f\d kept gone"', page))
+        assert re.search(rf"Stage 3, asked <q>Is &lt;b&gt; red\?</q>, left {num_kept - num_gone}:", page)
         assert re.search(rf"became {num_kept} \(", page)
+
+    @pytest.mark.parametrize("width", [900, 1900])
+    def test_a_page_is_filled(self, demo, tmp_path, width):
+        playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if chromium is None:
+            pytest.skip("no Chromium on this machine")
+        run("visualize", demo / "clip.mp4", "-o", tmp_path / "a.html", "--model", demo / "model")
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.goto((tmp_path / "a.html").as_uri())
+            boxes = [figure.bounding_box() for figure in page.locator("figure").all()]
+            is_scrolled = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+            browser.close()
+        rows = [[box for box in boxes if box["y"] == y] for y in sorted({box["y"] for box in boxes})]
+        assert len(boxes) == 32
+        assert len({round(box["width"]) for box in boxes}) == 1
+        assert len({len(row) for row in rows[:-1]}) == 1
+        right = max(box["x"] + box["width"] for box in boxes)
+        assert 0.93 * width < right - min(box["x"] for box in boxes) < width
+        assert not is_scrolled
 
     def test_what_cant_be_shown_is_one_line(self, demo, tmp_path):
         model = ("--model", demo / "model")

@@ -27,6 +27,8 @@ from .visualization import (
     Fate,
     draw_budget,
     draw_similarity,
+    frame_legend,
+    frames_text,
     paint_frame,
     plot_merging,
     token_fates,
@@ -36,12 +38,13 @@ from .visualization import (
 MAX_SIDE = 384  # pixels of a frame in a picture or a page
 VIDEO_SIDE = 448  # pixels of a frame's shorter side in a video
 VIDEO_FPS = 2
+QUESTION = "What happens in the video?"  # what stage 3 keeps depends on it
 
 
 @dataclass
 class MergingView:
     """
-    A video and what stages 1 and 2 did to it.
+    A video and what was done to it.
 
     Attributes:
         name: Of the video.
@@ -49,6 +52,9 @@ class MergingView:
         merged: The tokens.
         similarity: (F-1, T) cosine similarity of neighbouring frames' tokens.
         threshold: Above which they count as the same.
+        question: Which stage 3 was asked; `None` if it did not run.
+        survives: (N,) bool, the tokens that it left; `None` if it did not run.
+        fold: Whether it folded the others into those.
     """
 
     name: str
@@ -56,17 +62,23 @@ class MergingView:
     merged: MergedVideo
     similarity: torch.Tensor
     threshold: float
+    question: str | None = None
+    survives: torch.Tensor | None = None
+    fold: bool = True
 
 
 @torch.inference_mode()
-def merge_frames(answerer: Answerer, frames: torch.Tensor, settings: HoliTomConfig) -> MergingView:
+def merge_frames(
+    answerer: Answerer, frames: torch.Tensor, settings: HoliTomConfig, question: str = QUESTION
+) -> MergingView:
     """
-    Encodes and merges a video; the decoder is not run.
+    Encodes and merges a video, and runs the decoder up to where stage 3 is done.
 
     Args:
         answerer: With its weights loaded.
         frames: (F, 3, H, W) uint8.
         settings: What to merge by.
+        question: What stage 3 is asked.
 
     Raises:
         ValueError: If the settings merge nothing.
@@ -74,8 +86,8 @@ def merge_frames(answerer: Answerer, frames: torch.Tensor, settings: HoliTomConf
     if not settings.has_outer_stage:
         raise ValueError("outer_method is 'none': before the decoder nothing is merged that could be shown")
     model = answerer.model
-    pixels = answerer.processor.video_processor(frames, return_tensors="pt")["pixel_values_videos"]
-    pixels = pixels.to(model.device, model.dtype)
+    prompt = answerer.prepare(frames, question).features
+    pixels = prompt["pixel_values_videos"].to(model.device, model.dtype)
     encoded = model.get_video_features(pixels, vision_batch_size=32, holitom_config=settings, return_dict=True)
     importance = encoded.importance[0]
     features = encoded.pooler_output[0]
@@ -83,10 +95,29 @@ def merge_frames(answerer: Answerer, frames: torch.Tensor, settings: HoliTomConf
     keys = encoded.attention_keys[0] if encoded.attention_keys is not None else None
     merged = merge_video_tokens(tokens, importance, settings, newline=features[-1], keys=keys)
     pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
-    return MergingView("video", pictures, merged, frame_similarity(tokens), settings.similarity_threshold)
+    view = MergingView("video", pictures, merged, frame_similarity(tokens), settings.similarity_threshold)
+    if not settings.has_inner_stage:
+        return view
+    input_ids = prompt["input_ids"].to(model.device)
+    outputs = model.generate(
+        input_ids=input_ids,
+        attention_mask=prompt["attention_mask"].to(model.device),
+        mm_encoder_outputs={"video": encoded},
+        holitom_config=settings,
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    # The video's tokens stand where its first placeholder is.
+    first = int((input_ids[0] == model.config.video_token_id).int().argmax())
+    kept = outputs.inner_keep[0].to(merged.frame.device) - first
+    survives = torch.isin(torch.arange(merged.num_tokens, device=kept.device), kept)
+    return replace(view, question=question, survives=survives, fold=settings.inner_method == "merge")
 
 
-def view_merging(answerer: Answerer, video: str, num_frames: int | None = None) -> MergingView:
+def view_merging(
+    answerer: Answerer, video: str, num_frames: int | None = None, question: str = QUESTION
+) -> MergingView:
     """
     Decodes, encodes and merges a video with the model's own settings.
 
@@ -94,17 +125,19 @@ def view_merging(answerer: Answerer, video: str, num_frames: int | None = None) 
         answerer: With its weights loaded.
         video: Path or URL.
         num_frames: Frames to take; `None`: at most the processor's.
+        question: What stage 3 is asked.
 
     Raises:
         OSError, ValueError: If the video can't be read or has fewer frames, or the settings merge nothing.
     """
     (frames,), _ = answerer.processor.video_processor.decode(video, num_frames=num_frames)
-    return replace(merge_frames(answerer, frames, answerer.config.holitom_config), name=Path(video).name)
+    return replace(merge_frames(answerer, frames, answerer.config.holitom_config, question), name=Path(video).name)
 
 
 def figure_of(view: MergingView) -> Figure:
     """Everything in one figure; see [`plot_merging`]."""
-    return plot_merging(view.merged, _resized(view.frames, MAX_SIDE), view.similarity, view.threshold)
+    frames = _resized(view.frames, MAX_SIDE)
+    return plot_merging(view.merged, frames, view.similarity, view.threshold, view.survives, view.fold, view.question)
 
 
 def write_picture(view: MergingView, path: Path) -> None:
@@ -117,7 +150,8 @@ def write_clip(view: MergingView, path: Path) -> None:
     scale = VIDEO_SIDE / min(view.frames.shape[1:3])
     fates = token_fates(view.merged).numpy()
     segment_of = [number for number, (start, stop) in enumerate(view.merged.segments) for _ in range(start, stop)]
-    font = ImageFont.load_default(size=17)
+    font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=14)
+    legend = frame_legend(fates)
     pictures = []
     for number, frame in enumerate(view.frames):
         size = tuple(2 * round(side * scale / 2) for side in frame.shape[1::-1])
@@ -129,12 +163,11 @@ def write_clip(view: MergingView, path: Path) -> None:
         draw = ImageDraw.Draw(canvas)
         num_kept = int(np.isin(fates[number], KEPT).sum())
         start, stop = view.merged.segments[segment_of[number]]
-        draw.text((8, 9), f"frame {number} of {len(view.frames)}", "black", font)
-        text = (
-            f"segment {segment_of[number] + 1}, frames {start}-{stop - 1}: {num_kept} of {fates.shape[1]} tokens kept"
-        )
+        draw.text((8, 9), f"frame {number + 1} of {len(view.frames)}", "black", font)
+        segment = f"segment {segment_of[number] + 1}, {frames_text(start, stop)}"
+        text = f"{segment}: {num_kept} of {fates.shape[1]} tokens kept"
         draw.text((16 + size[0], 9), text, "black", font)
-        _draw_legend(draw, size[1] + 46, ImageFont.load_default(size=14), canvas.width)
+        _draw_legend(draw, legend, size[1] + 46, small, canvas.width)
         pictures.append(np.asarray(canvas))
     write_video(path, np.stack(pictures), fps=VIDEO_FPS)
 
@@ -143,29 +176,37 @@ def write_page(view: MergingView, path: Path) -> None:
     """One HTML file that needs nothing else: pointing at a token shows all tokens that became one with it."""
     fates, assignment = token_fates(view.merged).numpy(), view.merged.assignment.tolist()
     frames = _resized(view.frames, MAX_SIDE)
-    figures = [_svg(lambda axes: draw_budget(axes, fates, view.merged), 1.0)]
+    survives = view.survives.cpu().numpy() if view.survives is not None else None
+    figures = [_svg(lambda axes: draw_budget(axes, fates, view.merged, survives), 1.0 + 0.3 * (survives is not None))]
     if len(frames) > 1:
         curve = _svg(lambda axes: draw_similarity(axes, view.merged, view.similarity, view.threshold), 1.6)
         figures.insert(0, curve)
-    segments = []
+    pictures = []
     for number, (start, stop) in enumerate(view.merged.segments):
-        pictures = "".join(
-            _frame_markup(frame, frames[frame], fates[frame], assignment[frame]) for frame in range(start, stop)
-        )
-        span = f"frame {start}" if stop - start == 1 else f"frames {start}-{stop - 1}"
-        segments.append(f"<section><h2>segment {number + 1}, {span}</h2><div class=row>{pictures}</div></section>")
-    legend = "".join(
-        f'<span><i style="background:{COLORS[fate]}"></i>{NAMES[fate]}</span>' for fate in map(Fate, (1, 2, 3, 4, 0))
-    )
+        for frame in range(start, stop):
+            name = f"segment {number + 1}, {frames_text(start, stop)}" if frame == start else "&nbsp;"
+            markup = _frame_markup(frame, frames[frame], fates[frame], assignment[frame], survives)
+            joined = "" if frame == stop - 1 else " on"
+            pictures.append(f'<figure><h2 class="s{number % 2}{joined}">{name}</h2>{markup}</figure>')
+    legend = "".join(f'<span><i style="background:{color}"></i>{name}</span>' for color, name in frame_legend(fates))
+    summary = [
+        f"{view.merged.num_input_tokens} tokens of {len(frames)} frames in {len(view.merged.segments)} segments became"
+    ]
     share = view.merged.num_tokens / view.merged.num_input_tokens
+    summary.append(f"{view.merged.num_tokens} ({share:.1%}).")
+    if survives is not None:
+        summary.append(
+            f"Stage 3, asked <q>{html.escape(view.question)}</q>, left {int(survives.sum())}: "
+            "those that went have a dashed outline."
+        )
     page = PAGE.format(
         title=html.escape(view.name),
-        summary=f"{view.merged.num_input_tokens} tokens of {len(frames)} frames in {len(view.merged.segments)} "
-        f"segments became {view.merged.num_tokens} ({share:.1%}).",
+        summary=" ".join(summary),
         legend=legend,
         figures="".join(figures),
-        segments="".join(segments),
-        colors="".join(f".f{int(fate)}{{fill:{color}}}" for fate, color in COLORS.items()),
+        frames="".join(pictures),
+        colors="".join(f"rect.f{int(fate)}{{fill:{COLORS[fate]}}}" for fate in (*KEPT, Fate.DROPPED))
+        + "".join(f"rect.f{int(fate)}{{stroke:{COLORS[fate]}}}" for fate in KEPT),
         names=json.dumps({int(fate): name for fate, name in NAMES.items()}),
     )
     path.write_text(page, encoding="utf-8")
@@ -217,15 +258,17 @@ def _outlined(painted: np.ndarray, fates: np.ndarray) -> Image.Image:
     return picture
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, top: int, font, width: int) -> None:
+def _draw_legend(
+    draw: ImageDraw.ImageDraw, legend: list[tuple[str, str]], top: int, font: ImageFont.FreeTypeFont, width: int
+) -> None:
     """The colours' names, in as many lines as they need."""
     left = 8
-    for fate in map(Fate, (1, 2, 3, 4, 0)):
-        length = 20 + draw.textlength(NAMES[fate], font) + 18
+    for color, name in legend:
+        length = 20 + draw.textlength(name, font) + 18
         if left + length > width:
             left, top = 8, top + 22
-        draw.rectangle([left, top, left + 14, top + 14], fill=COLORS[fate])
-        draw.text((left + 20, top - 2), NAMES[fate], "black", font)
+        draw.rectangle([left, top, left + 14, top + 14], fill=color, outline="#999999")
+        draw.text((left + 20, top - 2), name, "black", font)
         left += length
 
 
@@ -238,41 +281,51 @@ def _svg(draw: Callable, height: float) -> str:
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
-def _frame_markup(number: int, picture: np.ndarray, fates: np.ndarray, assignment: list[int]) -> str:
+def _frame_markup(
+    number: int, picture: np.ndarray, fates: np.ndarray, assignment: list[int], survives: np.ndarray | None
+) -> str:
     """A frame with one rectangle for each token."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=85)
     address = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     side = math.isqrt(len(fates))
     height, width = picture.shape[:2]
-    boxes = "".join(
-        f'<rect class="f{int(fate)}{" kept" if fate in KEPT else ""}" data-t="{target}" data-f="{int(fate)}" '
-        f'x="{place % side * width / side:.2f}" y="{place // side * height / side:.2f}" '
-        f'width="{width / side:.2f}" height="{height / side:.2f}"/>'
-        for place, (fate, target) in enumerate(zip(fates, assignment))
-    )
+    boxes = []
+    for place, (fate, target) in enumerate(zip(fates, assignment)):
+        classes = f"f{int(fate)}"
+        if fate in KEPT:
+            classes += " kept" if survives is None or survives[target] else " kept gone"
+        boxes.append(
+            f'<rect class="{classes}" data-t="{target}" data-f="{int(fate)}" '
+            f'x="{place % side * width / side:.2f}" y="{place // side * height / side:.2f}" '
+            f'width="{width / side:.2f}" height="{height / side:.2f}"/>'
+        )
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}"><image href="{address}" width="{width}" height="{height}"/>'
-        f"{boxes}</svg><figcaption>{number}</figcaption></figure>"
+        f'<svg viewBox="0 0 {width} {height}"><image href="{address}" width="{width}" height="{height}"/>'
+        f"{''.join(boxes)}</svg><figcaption>{number + 1}</figcaption>"
     )
 
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}: what HoliTom merged</title><style>
-body{{font:15px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:1200px;padding:0 1rem;color:#1b1b1b}}
+body{{font:15px/1.45 system-ui,sans-serif;margin:1.5rem 2rem;color:#1b1b1b}}
 h1{{font-size:1.35rem;margin:0}}
-h2{{font-size:.95rem;margin:1.1rem 0 .35rem;border-top:2px solid #444;padding-top:.35rem}}
-.row{{display:grid;grid-template-columns:repeat(auto-fill,minmax(135px,1fr));gap:7px}} figure{{margin:0}}
+h2{{font-size:.75rem;font-weight:600;color:#fff;margin:0 0 4px;padding:1px 5px;white-space:nowrap;overflow:hidden}}
+h2.s0{{background:#444}} h2.s1{{background:#8a8a8a}} h2.on{{margin-right:-8px}}
+.frames{{display:grid;grid-template-columns:repeat(auto-fill,minmax(max(150px,10%),1fr));gap:8px;overflow:hidden}}
+figure{{margin:0;min-width:0}} .drawn{{display:grid;grid-template-columns:repeat(auto-fit,minmax(600px,1fr));gap:1rem}}
 figcaption{{font-size:.72rem;color:#666}} svg{{width:100%;height:auto;display:block}}
 #bar{{position:sticky;top:0;background:#fffffff2;padding:.5rem 0;border-bottom:1px solid #ddd;z-index:1}}
 .legend span{{margin-right:1.1rem;white-space:nowrap}} .legend i{{display:inline-block;width:.9em;height:.9em;
-margin-right:.35em;vertical-align:-.08em}} #said{{min-height:1.45em;color:#444}}
-rect[data-t]{{fill-opacity:.36;stroke:none}} rect.f0{{fill-opacity:.74}} {colors}
-rect.kept{{stroke:#fff;stroke-width:2}} rect.on{{fill-opacity:.1;stroke:#000;stroke-width:4}}
+margin-right:.35em;vertical-align:-.08em;outline:1px solid #999}} #said{{min-height:1.45em;color:#444}}
+rect[data-t]{{fill:#fff;fill-opacity:.6;stroke:none}} rect.f0{{fill-opacity:.75}} {colors}
+rect.kept{{fill-opacity:.4;stroke-width:3}} rect.gone{{stroke-dasharray:6 6}}
+rect.on{{fill-opacity:.1;stroke:#000;stroke-width:4}}
 </style></head><body><h1>{title}</h1><p>{summary}</p>
 <div id="bar"><div class="legend">{legend}</div>
-<div id="said">Point at a token: all that became one with it are framed.</div></div>{figures}{segments}
+<div id="said">Point at a token: all that became one with it are framed.</div></div>
+<div class="drawn">{figures}</div><div class="frames">{frames}</div>
 <script>
 const names={names}, said=document.getElementById("said"), all=[...document.querySelectorAll("rect[data-t]")];
 const groups=new Map(); for(const r of all){{const t=r.dataset.t;if(t>=0){{if(!groups.has(t))groups.set(t,[]);

@@ -1,4 +1,4 @@
-"""Pictures of what stages 1 and 2 did to a video, drawn from a `MergedVideo` alone."""
+"""Pictures of what was done to a video, drawn from a `MergedVideo` and what stage 3 left of it."""
 
 import math
 from enum import IntEnum
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from ..merging.merged_video import MergedVideo, TokenKind
 
@@ -25,7 +26,8 @@ class Fate(IntEnum):
     DYNAMIC_MERGED = 4
 
 
-# Okabe and Ito's colours, told apart by the colour-blind; kept tokens also have an outline, merged ones a veil only.
+# Okabe and Ito's colours, told apart by the colour-blind. In frames only kept tokens have theirs, and an outline;
+# merged ones are pale, dropped ones dark.
 COLORS = {
     Fate.STATIC_KEPT: "#0072B2",
     Fate.STATIC_MERGED: "#56B4E9",
@@ -40,11 +42,22 @@ NAMES = {
     Fate.DYNAMIC_MERGED: "dynamic, merged by clustering",
     Fate.DROPPED: "dropped",
 }
+COUNTED = {
+    Fate.STATIC_KEPT: "static",
+    Fate.STATIC_MERGED: "static, merged",
+    Fate.DYNAMIC_KEPT: "dynamic",
+    Fate.DYNAMIC_MERGED: "dynamic, merged",
+    Fate.DROPPED: "dropped",
+}
+ORDER = (Fate.STATIC_KEPT, Fate.STATIC_MERGED, Fate.DYNAMIC_KEPT, Fate.DYNAMIC_MERGED, Fate.DROPPED)
 KEPT = (Fate.STATIC_KEPT, Fate.DYNAMIC_KEPT)
-VEIL, DROPPED_VEIL = 0.35, 0.72
+MERGED = (Fate.STATIC_MERGED, Fate.DYNAMIC_MERGED)
+PALE, MERGED_NAME = "#E6E6E6", "merged into a kept one"
+VEIL, MERGED_VEIL, DROPPED_VEIL = 0.4, 0.6, 0.75
 COLUMNS = 8
 LINES_PER_FRAME = 12
-GAP, HEADER = 0.05, 0.2  # of a frame's width: between frames, and for the bar that names a segment
+# Of a frame's width: between frames, for the bar that names a segment, for the names of the rows.
+GAP, HEADER, MARGIN = 0.05, 0.2, 0.2
 
 
 def token_fates(merged: MergedVideo) -> torch.Tensor:
@@ -67,9 +80,33 @@ def token_fates(merged: MergedVideo) -> torch.Tensor:
     return fates.masked_fill(assignment < 0, int(Fate.DROPPED))
 
 
+def fates_after_stage_3(merged: MergedVideo, fates: np.ndarray, survives: np.ndarray, fold: bool) -> np.ndarray:
+    """
+    What became of every token in the end.
+
+    Args:
+        merged: The video.
+        fates: (F, T), those of [`token_fates`].
+        survives: (N,) bool, the output tokens that stage 3 left.
+        fold: Whether the others were folded into those.
+
+    Returns:
+        (F, T) of [`Fate`].
+    """
+    assignment = merged.assignment.cpu().numpy()
+    is_gone = np.isin(fates, KEPT) & ~survives[assignment.clip(0)]
+    folded = np.where(fates == Fate.STATIC_KEPT, int(Fate.STATIC_MERGED), int(Fate.DYNAMIC_MERGED))
+    return np.where(is_gone, folded if fold else int(Fate.DROPPED), fates)
+
+
+def frames_text(start: int, stop: int) -> str:
+    """A segment's frames [start, stop), counted from 1 as people do."""
+    return f"frame {stop}" if stop - start == 1 else f"frames {start + 1}-{stop}"
+
+
 def paint_frame(frame: np.ndarray, fates: np.ndarray) -> np.ndarray:
     """
-    A frame under a veil in the colours of its tokens' fates.
+    A frame whose kept tokens are tinted; what was merged into them is pale, what was dropped dark.
 
     Args:
         frame: (H, W, 3) uint8.
@@ -85,9 +122,10 @@ def paint_frame(frame: np.ndarray, fates: np.ndarray) -> np.ndarray:
     of_pixel = grid[rows[:, None], columns]  # (H, W)
     painted = frame.astype(np.float32) / 255
     grey = np.broadcast_to(painted.mean(-1, keepdims=True), painted.shape)
-    veils = np.array([to_rgb(COLORS[fate]) for fate in Fate], np.float32)[of_pixel]
-    painted = (1 - VEIL) * painted + VEIL * veils
-    is_dropped = of_pixel == Fate.DROPPED
+    is_kept, is_merged, is_dropped = (np.isin(of_pixel, some) for some in (KEPT, MERGED, (Fate.DROPPED,)))
+    tints = np.array([to_rgb(COLORS[fate]) for fate in Fate], np.float32)[of_pixel]
+    painted[is_kept] = (1 - VEIL) * painted[is_kept] + VEIL * tints[is_kept]
+    painted[is_merged] = (1 - MERGED_VEIL) * painted[is_merged] + MERGED_VEIL
     painted[is_dropped] = (1 - DROPPED_VEIL) * grey[is_dropped]
     return (painted * 255).round().clip(0, 255).astype(np.uint8)
 
@@ -115,15 +153,22 @@ def plot_merging(
     frames: np.ndarray | torch.Tensor,
     similarity: torch.Tensor | None = None,
     threshold: float | None = None,
+    survives: torch.Tensor | None = None,
+    fold: bool = True,
+    question: str | None = None,
 ) -> Figure:
     """
-    Draws segments, the fate of every token, and the token budget.
+    Draws segments, the fate of every token, and the token budget: every row of frames untouched, after stages 1 and 2,
+    and, if it is known, after stage 3.
 
     Args:
         merged: What `merge_video_tokens` or a model's output holds.
         frames: (F, H, W, 3) uint8 pictures of the frames, in any size.
         similarity: (F-1, T) cosine similarity of neighbouring frames' tokens; with it, the curve and the cuts.
         threshold: tau, drawn into the curve.
+        survives: (N,) bool, the output tokens that stage 3 left.
+        fold: Whether stage 3 folded the others into those.
+        question: Which stage 3 was asked.
 
     Returns:
         A matplotlib figure.
@@ -133,46 +178,68 @@ def plot_merging(
     """
     frames = check_frames(merged, frames)
     fates = token_fates(merged).numpy()
+    rows = [("video", None), ("stages 1, 2", fates)]
+    if survives is not None:
+        survives = survives.cpu().numpy()
+        rows.append(("stage 3", fates_after_stage_3(merged, fates, survives, fold)))
     num_frames = len(frames)
     columns = min(COLUMNS, num_frames)
-    num_rows = -(-num_frames // columns)
-    row_height = frames.shape[1] / frames.shape[2] + HEADER + GAP
+    block_height = len(rows) * (frames.shape[1] / frames.shape[2] + GAP) + HEADER + GAP
     has_curve = similarity is not None and num_frames > 1
 
     width = 11.0
-    frames_height = num_rows * row_height * (width - 0.6) / (columns * (1 + GAP))
-    heights = [1.1] * has_curve + [frames_height, 0.9]
-    figure = Figure(figsize=(width, sum(heights) + 0.9), layout="constrained")
+    frames_height = -(-num_frames // columns) * block_height * (width - 0.6) / (columns * (1 + GAP) + MARGIN)
+    heights = [1.1] * has_curve + [frames_height, 0.45 * len(rows)]
+    figure = Figure(figsize=(width, sum(heights) + 1.0), layout="constrained")
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if has_curve:
         draw_similarity(axes[0], merged, similarity, threshold)
-    _draw_frames(axes[-2], frames, fates, merged, columns, row_height)
-    draw_budget(axes[-1], fates, merged)
-    present = [fate for fate in (1, 2, 3, 4, 0) if (fates == fate).any()]
-    handles = [
-        Patch(facecolor=COLORS[fate], edgecolor="black" if fate in KEPT else "none", label=NAMES[fate])
-        for fate in map(Fate, present)
-    ]
-    handles.append(
-        Line2D(
-            [], [], color="#999999", marker="o", markerfacecolor="white", markeredgecolor="black", label="went into"
+    _draw_frames(axes[-2], frames, rows, merged, columns, block_height)
+    draw_budget(axes[-1], fates, merged, survives)
+    if question is not None:
+        axes[-1].set_xlabel(
+            f"stage 3 keeps what the last token of the prompt attends to; asked: {question}", fontsize=8
         )
-    )
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
+    handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in frame_legend(fates)]
+    went = {"color": "#999999", "marker": "o", "markerfacecolor": "white", "markeredgecolor": "black"}
+    handles.append(Line2D([], [], label="went into", **went))
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 
+def frame_legend(fates: np.ndarray) -> list[tuple[str, str]]:
+    """Colour and name of everything that occurs in frames that are painted by (F, T) fates."""
+    shown = [(COLORS[fate], NAMES[fate]) for fate in KEPT if (fates == fate).any()]
+    if np.isin(fates, MERGED).any():
+        shown.append((PALE, MERGED_NAME))
+    if (fates == Fate.DROPPED).any():
+        shown.append((COLORS[Fate.DROPPED], NAMES[Fate.DROPPED]))
+    return shown
+
+
 def _draw_frames(
-    axes: Axes, frames: np.ndarray, fates: np.ndarray, merged: MergedVideo, columns: int, row_height: float
+    axes: Axes,
+    frames: np.ndarray,
+    rows: list[tuple[str, np.ndarray | None]],
+    merged: MergedVideo,
+    columns: int,
+    block_height: float,
 ) -> None:
-    """All frames in rows, as time goes; above them bars that name the segments."""
-    num_frames = len(frames)
+    """All frames in blocks, as time goes: in each a row for every state; above it bars that name the segments."""
+    num_frames, step = len(frames), frames.shape[1] / frames.shape[2] + GAP
     segment_of = {
         frame: number for number, (start, stop) in enumerate(merged.segments) for frame in range(start, stop)
     }
     for frame in range(num_frames):
-        left, top = frame % columns * (1 + GAP), frame // columns * row_height + HEADER
-        _draw_frame(axes, frames[frame], fates[frame], merged, frame, (left, top))
+        left, top = frame % columns * (1 + GAP), frame // columns * block_height + HEADER
+        for number, (name, fates) in enumerate(rows):
+            corner = (left, top + number * step)
+            _draw_frame(axes, frames[frame], None if fates is None else fates[frame], merged, frame, corner)
+            if number == 1:
+                _draw_moves(axes, frames[frame].shape, fates[frame], merged, frame, corner)
+            if frame % columns == 0:
+                middle = corner[1] + (step - GAP) / 2
+                axes.text(-0.06, middle, name, fontsize=8, rotation=90, ha="right", va="center")
         segment = segment_of[frame]
         is_first_here = frame % columns == 0 or segment_of[frame - 1] != segment
         is_last_here = frame == num_frames - 1 or segment_of[frame + 1] != segment
@@ -187,37 +254,59 @@ def _draw_frames(
         if is_first_here:
             start, stop = merged.segments[segment]
             is_alone = is_last_here or frame % columns == columns - 1
-            span = f"frame {start}" if stop - start == 1 else f"frames {start}-{stop - 1}"
-            text = f"{segment + 1}: {span}" if is_alone else f"segment {segment + 1}: {span}"
+            text = f"{segment + 1}: {frames_text(start, stop)}"
+            text = text if is_alone else f"segment {text}"
             axes.text(left + 0.03, top - 0.45 * HEADER, text, color="white", fontsize=7, va="center")
-    axes.set(xlim=(-GAP, columns * (1 + GAP)), ylim=(-(-num_frames // columns) * row_height, 0), aspect="equal")
+    num_blocks = -(-num_frames // columns)
+    axes.set(xlim=(-MARGIN, columns * (1 + GAP)), ylim=(num_blocks * block_height, 0), aspect="equal")
     axes.axis("off")
 
 
 def _draw_frame(
-    axes: Axes, picture: np.ndarray, fates: np.ndarray, merged: MergedVideo, frame: int, corner: tuple[float, float]
+    axes: Axes,
+    picture: np.ndarray,
+    fates: np.ndarray | None,
+    merged: MergedVideo,
+    frame: int,
+    corner: tuple[float, float],
 ) -> None:
-    """One frame: veils, outlines around kept tokens, lines from merged tokens to where they went."""
-    side = math.isqrt(len(fates))
+    """One frame, untouched, or with outlines around kept tokens."""
     left, top = corner
     height = picture.shape[0] / picture.shape[1]
+    painted = picture if fates is None else paint_frame(picture, fates)
+    axes.imshow(painted, extent=(left, left + 1, top + height, top), interpolation="antialiased")
+    if fates is None:
+        outline = [withStroke(linewidth=1.5, foreground="black")]
+        axes.text(left + 0.03, top + height - 0.03, frame + 1, color="white", fontsize=7, path_effects=outline)
+        return
+    side = math.isqrt(len(fates))
     cell_x, cell_y = 1 / side, height / side
-    axes.imshow(paint_frame(picture, fates), extent=(left, left + 1, top + height, top), interpolation="antialiased")
-    outline = [withStroke(linewidth=1.5, foreground="black")]
-    axes.text(left + 0.03, top + height - 0.03, frame, color="white", fontsize=6, path_effects=outline)
     for position in np.flatnonzero(np.isin(fates, KEPT)):
         place = (left + position % side * cell_x, top + position // side * cell_y)
         color = COLORS[Fate(fates[position])]
         axes.add_patch(Rectangle(place, cell_x, cell_y, fill=False, linewidth=1.1, edgecolor=color))
+
+
+def _draw_moves(
+    axes: Axes,
+    shape: tuple[int, ...],
+    fates: np.ndarray,
+    merged: MergedVideo,
+    frame: int,
+    corner: tuple[float, float],
+) -> None:
+    """Lines from merged tokens to where they went, for some of them."""
+    side, (left, top) = math.isqrt(len(fates)), corner
+    cell_x, cell_y = 1 / side, shape[0] / shape[1] / side
     moved = [
         (position, int(merged.position[target]))
         for position, target in enumerate(merged.assignment[frame].tolist())
-        if target >= 0 and int(merged.position[target]) != position
+        if target >= 0 and int(merged.position[target]) != position and fates[position] in MERGED
     ]
     for places in moved[:: max(1, -(-len(moved) // LINES_PER_FRAME))]:
         xs = [left + (place % side + 0.5) * cell_x for place in places]
         ys = [top + (place // side + 0.5) * cell_y for place in places]
-        axes.plot(xs, ys, color="white", linewidth=0.7, alpha=0.9)
+        axes.plot(xs, ys, color="#555555", linewidth=0.6)
         axes.plot(
             xs[1:], ys[1:], marker="o", markersize=2.2, color="white", markeredgecolor="black", markeredgewidth=0.4
         )
@@ -226,14 +315,15 @@ def _draw_frame(
 def draw_similarity(axes: Axes, merged: MergedVideo, similarity: torch.Tensor, threshold: float | None) -> None:
     """How alike neighbouring frames are, and where the video was cut; arguments as of `plot_merging`."""
     values = similarity.float().cpu().numpy()
-    between = np.arange(len(values)) + 0.5
+    between = np.arange(len(values)) + 1.5  # frames are counted from 1
     axes.fill_between(between, *np.percentile(values, (10, 90), axis=1), color="#999999", alpha=0.3, label="10-90 %")
     axes.plot(between, np.median(values, axis=1), color="black", linewidth=1.2, label="median of a frame's tokens")
     if threshold is not None:
         axes.axhline(threshold, color="#009E73", linewidth=1, linestyle=":", label=f"threshold {threshold:g}")
     for number, (start, _) in enumerate(merged.segments[1:]):
-        axes.axvline(start - 0.5, color="#CC79A7", linewidth=1.4, linestyle="--", label="cut" if number == 0 else None)
-    axes.set(xlim=(0, len(values)), xlabel="frame", ylim=(min(0.0, values.min()), 1.02))
+        axes.axvline(start + 0.5, color="#CC79A7", linewidth=1.4, linestyle="--", label="cut" if number == 0 else None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlim=(1, len(values) + 1), xlabel="frame", ylim=(min(0.0, values.min()), 1.02))
     axes.set_ylabel("similarity to\nthe next frame", fontsize=8)
     axes.xaxis.label.set_fontsize(8)
     axes.tick_params(labelsize=7)
@@ -241,24 +331,34 @@ def draw_similarity(axes: Axes, merged: MergedVideo, similarity: torch.Tensor, t
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_budget(axes: Axes, fates: np.ndarray, merged: MergedVideo) -> None:
-    """Two bars: what the video's (F, T) tokens were, and what is left of them."""
-    before = [(fate, int((fates == fate).sum())) for fate in (1, 2, 3, 4, 0)]
+def draw_budget(axes: Axes, fates: np.ndarray, merged: MergedVideo, survives: np.ndarray | None = None) -> None:
+    """Bars: what the video's (F, T) tokens were, what is left of them, and what stage 3 left; as `plot_merging`."""
     kinds = merged.kind.cpu().numpy()
-    after = [
-        (Fate.STATIC_KEPT, int((kinds == TokenKind.STATIC).sum())),
-        (Fate.DYNAMIC_KEPT, int((kinds == TokenKind.DYNAMIC).sum())),
-    ]
-    for place, parts in ((1, before), (0, after)):
+    bars = [("all tokens", {fate: int((fates == fate).sum()) for fate in ORDER})]
+    for name, kept in (("to the decoder", np.ones_like(kinds, bool)), ("after stage 3", survives)):
+        if kept is not None:
+            counts = {
+                fate: int((kept & (kinds == kind)).sum())
+                for fate, kind in zip(KEPT, (TokenKind.STATIC, TokenKind.DYNAMIC))
+            }
+            bars.append((name, counts))
+    for place, (_, counts) in enumerate(bars):
         left = 0
-        for fate, count in parts:
-            axes.barh(place, count, left=left, color=COLORS[Fate(fate)], height=0.7)
+        for fate, count in counts.items():
+            color = "black" if fate in MERGED else "white"
+            axes.barh(place, count, left=left, color=COLORS[fate], height=0.7)
             if count > 0.03 * fates.size:
-                axes.text(left + count / 2, place, f"{count}", ha="center", va="center", fontsize=7, color="white")
+                text = (
+                    f"{count} {COUNTED[fate]}"
+                    if count > 0.013 * len(f"{count} {COUNTED[fate]}") * fates.size
+                    else count
+                )
+                axes.text(left + count / 2, place, text, ha="center", va="center", fontsize=7, color=color)
             left += count
-        if place == 0:
-            share = merged.num_tokens / merged.num_input_tokens
-            axes.text(left + 0.01 * fates.size, 0, f"{merged.num_tokens} tokens, {share:.1%}", va="center", fontsize=8)
-    axes.set(yticks=[0, 1], yticklabels=["to the decoder", "all tokens"], xlim=(0, fates.size), xticks=[])
+        if place > 0:
+            total = f"{left} tokens, {left / merged.num_input_tokens:.1%}"
+            axes.text(left + 0.01 * fates.size, place, total, va="center", fontsize=8)
+    axes.set(yticks=range(len(bars)), yticklabels=[name for name, _ in bars], xlim=(0, fates.size), xticks=[])
+    axes.invert_yaxis()
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
