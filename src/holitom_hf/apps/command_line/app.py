@@ -182,6 +182,9 @@ def batch(
 def visualize(
     video: Annotated[str, typer.Argument(help="Video file or URL.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png, .mp4 or .html file to write.")],
+    question: Annotated[
+        str | None, typer.Option(help="What stage 3 is asked; it keeps what matters for that.")
+    ] = None,
     model: Model = BUNDLED_NAME,
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
@@ -193,20 +196,21 @@ def visualize(
     with one_line_errors():
         settings = settings_of(preset, retention_ratio)
         try:
-            from ..picture_files import view_merging, writer_for
+            from ..picture_files import QUESTION, view_merging, writer_for
         except ModuleNotFoundError as error:
             raise ImportError(f"pictures need {error.name}: pip install 'holitom-hf[plots]'") from error
         write = writer_for(out)
         answerer = _loaded(model, settings, retention_ratio, device, dtype)
-        view = view_merging(answerer, video, frames)
+        view = view_merging(answerer, video, frames, question or QUESTION)
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".holitom.") as folder:
             write(view, Path(folder) / out.name)
             os.replace(Path(folder) / out.name, out)
         merged = view.merged
+        left = f", {int(view.survives.sum())} left by stage 3" if view.survives is not None else ""
         print(
             f"Wrote {out}: {merged.num_input_tokens} tokens of {len(view.frames)} frames in {len(merged.segments)} "
-            f"segments, {merged.num_tokens} kept."
+            f"segments, {merged.num_tokens} kept{left}."
         )
 
 
