@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from PIL import Image
 
 from holitom_hf.answering.answerer import Answerer
 from holitom_hf.bundled import BUNDLED_MODEL
@@ -190,6 +192,26 @@ def test_a_number_of_frames_and_stop_words_are_taken_from_the_request(port, expe
     assert json.loads(text)["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_a_picture_is_answered_as_the_model_answers_it(port, answerer, format):
+    picture = Image.linear_gradient("L").convert("RGB").resize((300, 200))
+    content = io.BytesIO()
+    picture.save(content, format)
+    part = {"type": "image_url", "image_url": {"url": data_url(content.getvalue(), f"image/{format.lower()}")}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]
+    status, text, _ = request(port, CHAT, chat(None, messages=messages))
+    prompt = answerer.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
+        add_generation_prompt=True,
+    )
+    inputs = answerer.processor(text=prompt, images=Image.open(content).convert("RGB"), return_tensors="pt")
+    output = answerer.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert status == 200
+    assert json.loads(text)["choices"][0]["message"]["content"] == answerer.processor.decode(
+        output, skip_special_tokens=True
+    )
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Twenty clips with a question about each."""
@@ -260,7 +282,7 @@ def malformed(content: bytes) -> dict[str, tuple[object, str]]:
         "part of a strange type": (of({"type": "input_audio", "input_audio": {}}), "input_audio"),
         "part without text": (of({"type": "text"}), "text"),
         "text null": (of({"type": "text", "text": None}), "text"),
-        "half a surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        "half a surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate"),
         "video url a text": (of({"type": "video_url", "video_url": "x"}), "video_url"),
         "video url without url": (of({"type": "video_url", "video_url": {}}), "url"),
         "video url null": (url(None), "url"),
@@ -288,6 +310,17 @@ def malformed(content: bytes) -> dict[str, tuple[object, str]]:
         "another model": (good | {"model": "another"}, "'bundled'"),
         "model a list": (good | {"model": ["bundled"]}, "model"),
         "unknown field": (good | {"best_of": 2}, "best_of"),
+        "many unknown fields": ({f"field {number}": 1 for number in range(10**5)}, "field 0"),
+        "a long field": (good | {"f" * 10**6: 1}, "fff"),
+        "half a surrogate as a field": (b'{"\\ud800": 1}', "ud800"),
+        "half a surrogate as an address": (
+            b'{"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "\\ud800"}}]}]}',
+            "content.0.video_url.url: ",
+        ),
+        "many biases": (good | {"logit_bias": {f"a{number}": 1 for number in range(10**5)}}, "logit_bias"),
+        "many settings": (good | {"chat_template_kwargs": {f"a{number}": 1 for number in range(10**5)}}, "field 'a0'"),
+        "many stops of no kind": (good | {"stop": [1] * 10**5}, "stop"),
+        "many parts of no kind": (of(*[1] * 10**5), "content"),
         "two answers": (good | {"n": 2}, "n: "),
         "max tokens a text": (good | {"max_tokens": "many"}, "max_tokens"),
         "max tokens negative": (good | {"max_tokens": -1}, "max_tokens"),

@@ -74,11 +74,11 @@ class ChatHandler(ChatCompletionHandler):
             media = [await self._open(part, work) for part in _media_of(asked)]
             work.note("fetch", start)
             inputs = await self._in_thread(self.preparer.prepare, asked, media, work)
-            config = self._build_generation_config(
-                asked.model_dump(exclude={"seed", "messages", "chat_template_kwargs"}), self.model.generation_config
-            )
-            if asked.num_new_tokens is None:
-                config.max_new_tokens = min(USUAL_NEW_TOKENS, self.limits.max_new_tokens)
+            # Older servers of upstream's don't know `max_completion_tokens`; the seed is set where tokens are drawn.
+            names = {"temperature", "top_p", "frequency_penalty", "stop", "logit_bias"}
+            usual = min(USUAL_NEW_TOKENS, self.limits.max_new_tokens)
+            settings = asked.model_dump(include=names) | {"max_tokens": asked.num_new_tokens or usual}
+            config = self._build_generation_config(settings, self.model.generation_config)
             generation = Generation(self.model, work, asked.seed)
             arguments = (work.request_id, generation, self.tokenizer, self.name, inputs, config, self.manager)
             if asked.stream:
@@ -120,4 +120,4 @@ class ChatHandler(ChatCompletionHandler):
 
 
 def _media_of(asked: ChatRequest) -> list:
-    return [part for message in asked.messages for part in message.parts if not isinstance(part, TextPart)]
+    return [part for message in asked.messages for part in message.content if not isinstance(part, TextPart)]

@@ -73,7 +73,9 @@ class Generation:
         finally:
             self.finished.set_result(None)
 
-    def _generate(self, input_ids, attention_mask, pixel_values_videos=None, **kwargs) -> torch.Tensor:
+    def _generate(
+        self, input_ids, attention_mask, generation_config, pixel_values_videos=None, **kwargs
+    ) -> torch.Tensor:
         if self.seed is not None:
             torch.manual_seed(self.seed)
         start = time.monotonic()
@@ -86,11 +88,12 @@ class Generation:
             kwargs["pixel_values_videos"] = pixel_values_videos
         check(self.work)
         start, progress = time.monotonic(), _Progress(self.work)
+        generation_config.return_dict_in_generate = True
         outputs = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             stopping_criteria=StoppingCriteriaList([progress]),
-            return_dict_in_generate=True,
+            generation_config=generation_config,
             **kwargs,
         )
         self.work.seconds |= {

@@ -22,6 +22,7 @@ SECONDS_TO_END = 5.0  # after the deadline, for a stream to say so
 def error_response(status: int, message: str, **headers: str) -> JSONResponse:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message.encode(errors="backslashreplace").decode()  # half a surrogate pair can't be sent
     content = {"error": {"message": message, "type": kind, "param": None, "code": status}}
     return JSONResponse(content, status, headers={name.replace("_", "-"): value for name, value in headers.items()})
 

@@ -71,7 +71,7 @@ class Preparer:
             ValueError: If a video or picture can't be read, or there is more than the limits allow.
         """
         start, videos, found, pictures = time.monotonic(), [], [], []
-        parts = [part for message in asked.messages for part in message.parts if not isinstance(part, TextPart)]
+        parts = [part for message in asked.messages for part in message.content if not isinstance(part, TextPart)]
         num_videos = len(asked.of_kind(VideoPart))
         for part, file in zip(parts, media):
             check(work)
@@ -116,7 +116,9 @@ class Preparer:
         messages = [
             {
                 "role": message.role,
-                "content": [{"type": names[type(part)]} | part.model_dump(include={"text"}) for part in message.parts],
+                "content": [
+                    {"type": names[type(part)]} | part.model_dump(include={"text"}) for part in message.content
+                ],
             }
             for message in asked.messages
         ]
