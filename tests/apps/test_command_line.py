@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig
+from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
+from holitom_hf.apps.command_line.options import settings_of
+from holitom_hf.bundled import BUNDLED_MODEL
 
 from ..videos import write_audio
 
@@ -60,7 +65,56 @@ def test_answer_streams_text_and_ends_with_a_summary(demo):
     for line in ("frames", "visual tokens", "prefill FLOPs", "seconds"):
         assert line in result.stdout
     assert "1569 -> " in result.stdout
-    assert "32, in 2 segments" in result.stdout
+    assert "32, in 3 segments" in result.stdout
+    assert "(the newline after the video is one of them)" in result.stdout
+
+
+def test_version_and_presets_are_told_without_torch():
+    import holitom_hf
+
+    assert run("--version").stdout == f"holitom-hf {holitom_hf.__version__}\n"
+    for command in ("answer", "batch", "visualize", "demo", "serve", "convert", "flops", "bench", "scaling"):
+        words = "".join(run(command, "--help").stdout.replace("│", "").split())
+        for name in HoliTomConfig.presets():
+            assert name in words, command
+    assert "themodel's32" not in words
+    code = (
+        "import sys\nfrom holitom_hf.apps.command_line.app import app\n"
+        "try:\n    app(sys.argv[1:])\nfinally:\n    print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    for arguments in (["--version"], ["answer", "--help"]):
+        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert result.stdout.rstrip().endswith("[]")
+
+
+def test_the_package_says_that_it_is_typed():
+    from importlib.resources import files
+
+    assert files("holitom_hf").joinpath("py.typed").is_file()
+
+
+def test_a_ratio_overlays_the_models_settings_and_a_preset_replaces_them(demo):
+    own = HoliTomLlavaOnevisionConfig.from_pretrained(demo / "model").holitom_config
+    assert own.inner_merge_layer != HoliTomConfig().inner_merge_layer
+    both = settings_of("llava-onevision-7b-r10", 0.3)
+    assert both == HoliTomConfig(retention_ratio=0.3, similarity_threshold=0.65)
+    answerer = Answerer(str(demo / "model"), settings_of(None, 0.3), 0.3, device="cpu")
+    assert answerer.config.holitom_config == replace(own, retention_ratio=0.3)
+    answerer = Answerer(str(demo / "model"), {"similarity_threshold": 0.7}, device="cpu")
+    assert answerer.config.holitom_config == replace(own, similarity_threshold=0.7)
+
+
+def test_the_bundled_model_has_a_name_for_every_command(tmp_path):
+    run("convert", "bundled", tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+    result = run("convert", "bundled", tmp_path / "small", "--config-only")
+    assert result.stderr == f"Its weights stay in {BUNDLED_MODEL}: only this machine can load it.\n"
+    assert str(BUNDLED_MODEL) not in (tmp_path / "small" / "README.md").read_text()
+    assert "8 frames" in run("flops", "--model", "bundled", "--frames", 8).stdout
+    again = run("convert", tmp_path / "small", tmp_path / "smaller", "--config-only", "--retention-ratio", 0.2)
+    assert "only this machine can load it" in again.stderr
+    settings = json.loads((tmp_path / "smaller" / "config.json").read_text())["holitom_config"]
+    assert (settings["retention_ratio"], settings["base_model_name_or_path"]) == (0.2, str(BUNDLED_MODEL))
 
 
 def test_json_is_one_object_with_every_figure(demo):
@@ -126,7 +180,7 @@ class TestBadInput:
             "answer", clip, "?", "--model", model, "--retention-ratio", 1.5
         )
         assert "no HoliTom preset or file 'r15'" in failure("answer", clip, "?", "--model", model, "--preset", "r15")
-        assert "inner_merge_layer is 18, but the decoder has 8 layers" in failure(
+        assert "but the decoder has 8 layers: choose 1 to 7 (layer 18 of 28 is 5 here), or None" in failure(
             "answer", clip, "?", "--model", model, "--preset", "llava-onevision-7b-r15"
         )
         assert "there is no device 'tpu9'" in failure("answer", clip, "?", "--model", model, "--device", "tpu9")

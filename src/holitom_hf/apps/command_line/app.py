@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -32,14 +34,25 @@ from .options import (
 )
 
 
-app = typer.Typer(
-    help="HoliTom: video language models on a tenth of the tokens, inside transformers.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(measuring)
 
 # torch and transformers are imported where a command needs them, so that `--help` is there at once.
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"holitom-hf {version('holitom-hf')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    is_version_asked: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """HoliTom: video language models on a tenth of the tokens, inside transformers."""
 
 
 @app.command()
@@ -89,13 +102,10 @@ def _summary(result) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_row("frames", f"{result.num_frames}, in {result.num_segments} segments")
-    table.add_row(
-        "visual tokens",
-        f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder -> "
-        f"{result.visual_tokens_inner} after layer {result.inner_merge_layer}"
-        if result.inner_merge_layer is not None
-        else f"{result.visual_tokens_before} -> {result.visual_tokens_outer}",
-    )
+    tokens = f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder"
+    if result.inner_merge_layer is not None:
+        tokens += f" -> {result.visual_tokens_inner} from layer {result.inner_merge_layer} on"
+    table.add_row("visual tokens", f"{tokens} (the newline after the video is one of them)")
     table.add_row("prefill FLOPs", f"{result.flops_share:.1%} of the uncompressed decoder's (the paper's formula)")
     seconds = result.seconds
     table.add_row(
@@ -302,20 +312,25 @@ def serve(
 
 @app.command()
 def convert(
-    base: Annotated[str, typer.Argument(help="Folder or Hub repository of a LLaVA-OneVision model.")],
+    base: Annotated[str, typer.Argument(help="Folder or Hub repository of a LLaVA-OneVision model, or bundled.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
-    config_only: Annotated[bool, typer.Option(help="Write no weights, only where they come from.")] = False,
+    config_only: Annotated[
+        bool,
+        typer.Option(help="Write no weights, only where they come from; needs trust_remote_code=True, then."),
+    ] = False,
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
 ) -> None:
-    """Writes a checkpoint that loads compressed with trust_remote_code=True, and uncompressed without."""
+    """Writes a checkpoint that loads compressed with trust_remote_code=True; with weights, uncompressed without."""
     with one_line_errors():
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise ValueError(f"{out} exists and is not an empty folder: choose another")
         settings = settings_of(preset, retention_ratio)
+        from ...checkpoints.writing import is_local
         from ..converting import write_checkpoint
 
         quiet()
+        base = model_name(base)
         start = time.perf_counter()
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -328,6 +343,8 @@ def convert(
             Path(folder).mkdir()
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         print(f"Wrote {out} ({size / 2**20:.2f} MiB) in {time.perf_counter() - start:.1f} s.")
+        if config_only and is_local(base):
+            print(f"Its weights stay in {os.path.abspath(base)}: only this machine can load it.", file=sys.stderr)
 
 
 def _loaded(model: str, settings, retention_ratio: float | None, device: str, dtype: str):

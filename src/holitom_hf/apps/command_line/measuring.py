@@ -91,7 +91,7 @@ def evaluate(
 @app.command()
 def flops(
     model: Annotated[
-        str, typer.Option(help="0.5b, 7b, 72b, tiny, or a folder or Hub repository (its config).")
+        str, typer.Option(help="0.5b, 7b, 72b, tiny, bundled, or a folder or Hub repository (its config).")
     ] = "7b",
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
@@ -106,6 +106,7 @@ def flops(
         from ...benchmarking.architectures import ARCHITECTURES, architecture
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
+        from ...checkpoints.reading import hub_options
         from ...models.registry import backbone_class, backbone_of
 
         if model in ARCHITECTURES:
@@ -113,7 +114,8 @@ def flops(
         else:
             options = {} if settings is None else {"holitom_config": settings}
             name = model_name(model)
-            config = backbone_class(backbone_of(name), "config").from_pretrained(name, **options)
+            hub = hub_options(name)
+            config = backbone_class(backbone_of(name, **hub), "config").from_pretrained(name, **options, **hub)
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio
         config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)

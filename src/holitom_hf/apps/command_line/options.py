@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.progress import track
 from typer.core import TyperCommand
 
+from ...presets import preset_files
+
 
 MODEL_HELP = "Folder or Hub repository of a LLaVA-OneVision model, or bundled: a small one for drawn clips."
+PRESET_HELP = f"Settings in place of the model's: a JSON file of them, or one of {', '.join(sorted(preset_files()))}."
 # Options that several commands have.
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-Preset = Annotated[str | None, typer.Option(help="Settings by name, or a JSON file of them.")]
+Preset = Annotated[str | None, typer.Option(help=PRESET_HELP)]
 RetentionRatio = Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")]
-Frames = Annotated[int | None, typer.Option(help="Frames to take; default: at most the model's 32.")]
+Frames = Annotated[int | None, typer.Option(help="Frames to take; default: at most what the model's processor says.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
