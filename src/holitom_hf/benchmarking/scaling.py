@@ -128,7 +128,16 @@ def roofline_table(result: StageResult) -> str:
 
 
 def plot_scaling(results: Sequence[StageResult], path: Path) -> None:
-    """Writes a picture: time and memory against frames, batch and retention."""
+    """Writes the picture of [`scaling_figure`]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scaling_figure(results).savefig(path, dpi=120)
+
+
+def scaling_figure(results: Sequence[StageResult]):
+    """
+    Draws time and memory against frames, batch and retention, as a matplotlib figure: all axes are logarithmic, and
+    panels side by side share theirs, so that a straight line is a power and two lines can be compared anywhere.
+    """
     from matplotlib.figure import Figure
 
     usual = results[0].retention_ratio
@@ -139,29 +148,51 @@ def plot_scaling(results: Sequence[StageResult], path: Path) -> None:
     batches = sorted((r for r in there if r.retention_ratio == usual), key=lambda r: r.batch_size)
     ratios = sorted((r for r in there if r.batch_size == 1), key=lambda r: r.retention_ratio)
     columns = (
-        (series, "num_frames", "frames", f"one video, R = {usual:.0%}"),
-        (batches, "batch_size", "videos", f"videos of {at} frames, R = {usual:.0%}"),
-        (ratios, "retention_ratio", "retention ratio R", f"one video of {at} frames"),
+        ([r.num_frames for r in series], series, "frames", f"one video, R = {usual:.0%}"),
+        ([r.batch_size for r in batches], batches, "videos at once", f"videos of {at} frames, R = {usual:.0%}"),
+        ([100 * r.retention_ratio for r in ratios], ratios, "R in percent", f"one video of {at} frames"),
     )
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    for (above, below), (runs, name, label, title) in zip(figure.subplots(2, 3).T, columns):
-        x = [getattr(r, name) for r in runs]
-        for stage in STAGES:
-            text = f"{stage}: F^{growth(results, stage):.2f}" if runs is series else stage
-            above.plot(x, [1000 * r.seconds[stage].median for r in runs], marker="o", label=text)
-        floor = [1000 * r.floor["stages 1+2"] for r in runs]
-        above.plot(x, floor, color="black", linestyle=":", label="the machine's limit, stages 1+2")
-        above.set(title=title, xlabel=label, ylabel="ms")
-        memory = [(value, r.peak_bytes / 2**20) for value, r in zip(x, runs) if r.peak_bytes is not None]
-        if memory:
-            below.plot(*zip(*memory), marker="o", label="stages 1+2, beyond the input")
-        inputs = [r.batch_size * r.num_frames * r.tokens_per_frame * r.dim * 4 / 2**20 for r in runs]
-        below.plot(x, inputs, color="black", linestyle=":", label="the input in float32")
-        below.set(xlabel=label, ylabel="MiB")
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row")
+    for (above, below), (x, runs, label, title) in zip(axes.T, columns):
+        _draw_times(above, x, runs, results)
+        _draw_memory(below, x, runs)
+        above.set_title(title, fontsize=12)
         for axis in (above, below):
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+            axis.set_xticks([], minor=True)
+            axis.set_xlabel(label, fontsize=11)
+            axis.yaxis.set_major_formatter("{x:,g}")
+            axis.yaxis.set_minor_formatter("")
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-            if runs is series:
-                axis.set(xscale="log", yscale="log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("milliseconds", fontsize=11)
+    axes[1, 0].set_ylabel("MiB", fontsize=11)
+    # One legend for all panels, outside of them: no line runs behind it.
+    drawn = {line.get_label(): line for axis in axes[:, 0] for line in axis.lines}
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=10, handlelength=3
+    )
+    return figure
+
+
+def _draw_times(axis, x: list[float], runs: Sequence[StageResult], results: Sequence[StageResult]) -> None:
+    """Every stage's time, and the least that the machine needs."""
+    for stage, marker in zip(STAGES, "v^osD"):
+        text = f"{stage} ~ F$^{{{growth(results, stage):.2f}}}$"
+        # Segmentation holds the similarity and is little more: one shines through the other.
+        style = "--" if stage == "similarity" else "-"
+        times = [1000 * r.seconds[stage].median for r in runs]
+        axis.plot(x, times, style, marker=marker, markersize=5, zorder=3 if stage == "similarity" else 2, label=text)
+    floor = [1000 * r.floor["stages 1+2"] for r in runs]
+    axis.plot(x, floor, color="black", linestyle=":", label="the machine's limit, stages 1+2")
+
+
+def _draw_memory(axis, x: list[float], runs: Sequence[StageResult]) -> None:
+    """Most memory of stages 1 and 2, where it is known, beside their input."""
+    memory = [(value, r.peak_bytes / 2**20) for value, r in zip(x, runs) if r.peak_bytes is not None]
+    if memory:
+        axis.plot(*zip(*memory), color="tab:brown", marker="o", markersize=5, label="stages 1+2: memory beyond their input")
+    inputs = [r.batch_size * r.num_frames * r.tokens_per_frame * r.dim * 4 / 2**20 for r in runs]
+    axis.plot(x, inputs, color="black", linestyle="-.", label="their input in float32")
