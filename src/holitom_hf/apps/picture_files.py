@@ -84,7 +84,10 @@ def merge_frames(
         ValueError: If the settings merge nothing.
     """
     if not settings.has_outer_stage:
-        raise ValueError("outer_method is 'none': before the decoder nothing is merged that could be shown")
+        raise ValueError(
+            f"outer_method is {settings.outer_method!r} and retention_ratio {settings.retention_ratio:g}: before the "
+            "decoder nothing is merged that could be shown"
+        )
     model = answerer.model
     prompt = answerer.prepare(frames, question).features
     pixels = prompt["pixel_values_videos"].to(model.device, model.dtype)

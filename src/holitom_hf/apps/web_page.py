@@ -33,8 +33,13 @@ EXAMPLE_TYPES, EXAMPLE_SEED = ("motion", "scene order", "relation"), 7
 TITLE = "HoliTom: video language models on a tenth of the tokens"
 ABOUT = (
     f"# {TITLE}\nThe same model answers twice: from all of the video's tokens, and from those that "
-    "[HoliTom](https://arxiv.org/abs/2505.21334) keeps. R is the share of tokens kept before the decoder; tau is how "
-    "alike neighbouring frames must be to count as the same."
+    "[HoliTom](https://arxiv.org/abs/2505.21334) leaves. Times are of runs like one before: the first of its kind "
+    "takes longer, and is not shown."
+)
+RATIO_HELP = "Of all the video's tokens, how many the decoder gets. Less is faster, and loses more."
+THRESHOLD_HELP = (
+    "Where a patch of the picture resembles the same patch of the next frame more than this (cosine similarity, 1: no "
+    "difference), it counts as standing still, and one token does for all those frames. Lower: more counts as still."
 )
 BROKEN = "This file can't be read as a video. It may be damaged, cut off, or hold no pictures: try another one."
 
@@ -86,7 +91,7 @@ def check_request(video: str | None, question: str | None) -> str:
     return question
 
 
-def figures_text(answer: Answer, peak_memory: int | None) -> str:
+def figures_text(answer: Answer, peak_memory: int | None, settings: HoliTomConfig) -> str:
     """What an answer took, as a Markdown table."""
     seconds = answer.seconds
     speed = (answer.num_answer_tokens - 1) / seconds["generate"] if answer.num_answer_tokens > 1 else None
@@ -94,6 +99,12 @@ def figures_text(answer: Answer, peak_memory: int | None) -> str:
         f", {answer.visual_tokens_inner} after layer {answer.inner_merge_layer}" if answer.inner_merge_layer else ""
     )
     rows = [
+        (
+            "set",
+            "all tokens"
+            if settings.is_identity
+            else f"R = {100 * settings.retention_ratio:g} %, tau = {settings.similarity_threshold:g}",
+        ),
         ("video tokens", f"{answer.visual_tokens_outer} of {answer.visual_tokens_before}{after}"),
         ("prefill FLOPs", f"{answer.flops_share:.1%}"),
         ("first token", f"{seconds['encode'] + seconds['first_token']:.2f} s ({seconds['encode']:.2f} s vision)"),
@@ -120,24 +131,26 @@ class SideBySide:
             answerer.processor.video_processor.num_frames = num_frames
         self.own = answerer.config.holitom_config
         self.plain = full_run(self.own).settings
+        self.warm_at: set[int] = set()  # numbers of frames that the machine has seen
         self.is_cuda = answerer.model.device.type == "cuda"
 
-    def settings(self, retention_ratio: float, similarity_threshold: float) -> HoliTomConfig:
+    def settings(self, retention_percent: float, similarity_threshold: float) -> HoliTomConfig:
         """The checkpoint's settings with the sliders' values."""
-        return replace(self.own, retention_ratio=retention_ratio, similarity_threshold=similarity_threshold)
+        return replace(self.own, retention_ratio=retention_percent / 100, similarity_threshold=similarity_threshold)
 
     def answer(
-        self, video: str | None, question: str | None, retention_ratio: float, similarity_threshold: float
+        self, video: str | None, question: str | None, retention_percent: float, similarity_threshold: float
     ) -> Iterator[tuple[str, str, str, str, Image.Image | None]]:
         """
-        Both answers as they grow: plain text, its figures, HoliTom's text, its figures, and at last the picture.
+        Both answers as they grow: plain text, its figures, HoliTom's text, its figures, and at last the picture, if
+        anything was merged.
 
         Raises:
             gr.Error: With one sentence, whatever went wrong.
         """
         try:
             question = check_request(video, question)
-            yield from self._answer_both(video, question, self.settings(retention_ratio, similarity_threshold))
+            yield from self._answer_both(video, question, self.settings(retention_percent, similarity_threshold))
         except DemoError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Exception as error:
@@ -151,14 +164,25 @@ class SideBySide:
             (frames,), _ = self.answerer.processor.video_processor.decode(video)
         except (OSError, ValueError) as error:
             raise DemoError(BROKEN) from error
+        if len(frames) not in self.warm_at:
+            self._warm_up(frames, question, settings)
         shown = ["", "", "", ""]
         for column, chosen in ((0, self.plain), (2, settings)):
             for text, figures in self._answer(frames, question, chosen):
                 shown[column : column + 2] = text, figures
                 yield (*shown, None)
+        if not settings.has_outer_stage:
+            return  # R = 100 %: there is nothing to show
         file = io.BytesIO()
-        figure_of(merge_frames(self.answerer, frames, settings)).savefig(file, format="png", dpi=130)
+        figure_of(merge_frames(self.answerer, frames, settings, question)).savefig(file, format="png", dpi=130)
         yield (*shown, Image.open(file))
+
+    def _warm_up(self, frames: torch.Tensor, question: str, settings: HoliTomConfig) -> None:
+        """Runs both columns once for nothing: the first run at a length would be a slow one, of the first column."""
+        for chosen in (self.plain, settings):
+            for _ in self._answer(frames, question, chosen):
+                pass
+        self.warm_at.add(len(frames))
 
     def _answer(self, frames: torch.Tensor, question: str, settings: HoliTomConfig) -> Iterator[tuple[str, str]]:
         """One answer as it grows, and its figures at the end."""
@@ -187,7 +211,7 @@ class SideBySide:
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         peak = torch.cuda.max_memory_allocated() if self.is_cuda else None
-        yield outcome[0].text, figures_text(outcome[0], peak)
+        yield outcome[0].text, figures_text(outcome[0], peak, settings)
 
 
 def build_app(answerer: Answerer, about: str = "", num_frames: int | None = None) -> gr.Blocks:
@@ -212,10 +236,18 @@ def build_app(answerer: Answerer, about: str = "", num_frames: int | None = None
                 video = gr.Video(label="Video", sources=["upload", "webcam"], height=320)
             with gr.Column(scale=3):
                 question = gr.Textbox(
-                    label="Question", max_length=MAX_QUESTION, placeholder="What happens in the video?"
+                    label="Question", max_length=MAX_QUESTION, placeholder=f"for example: {examples[0][1].text}"
                 )
-                ratio = gr.Slider(0.02, 1.0, own.retention_ratio, step=0.01, label="R: share of tokens to keep")
-                threshold = gr.Slider(0.5, 0.99, own.similarity_threshold, step=0.01, label="tau: alike from here on")
+                percent = round(100 * own.retention_ratio, 1)
+                ratio = gr.Slider(2, 100, percent, step=1, label="R: percent of the tokens to keep", info=RATIO_HELP)
+                threshold = gr.Slider(
+                    0.5,
+                    0.99,
+                    own.similarity_threshold,
+                    step=0.01,
+                    label="tau: what counts as standing still",
+                    info=THRESHOLD_HELP,
+                )
                 ask = gr.Button("Ask", variant="primary")
         with gr.Row():
             outputs = []
@@ -230,15 +262,16 @@ def build_app(answerer: Answerer, about: str = "", num_frames: int | None = None
         # One after another: answers that share the machine would spoil each other's times.
         for event in (ask.click, question.submit):
             event(side_by_side.answer, inputs, [*outputs, picture], concurrency_limit=1, concurrency_id="model")
-    _warm_up(side_by_side, examples[0][0])
+    _warm_up(side_by_side, examples[0])
     return app
 
 
 LAUNCH_OPTIONS = {"max_file_size": MAX_UPLOAD, "show_error": False, "footer_links": []}
 
 
-def _warm_up(side_by_side: SideBySide, video: str) -> None:
+def _warm_up(side_by_side: SideBySide, example: tuple[str, Question]) -> None:
     """The first answer takes longer than all others: it is not a visitor's."""
-    own = side_by_side.own
-    for _ in side_by_side.answer(video, "Hello?", own.retention_ratio, own.similarity_threshold):
+    video, question = example
+    percent, threshold = 100 * side_by_side.own.retention_ratio, side_by_side.own.similarity_threshold
+    for _ in side_by_side.answer(video, question.text, percent, threshold):
         pass
