@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 DEMO := .demo
 BENCH := .bench
 SITE := site
+UPSTREAM := .upstream
 OLDEST_TRANSFORMERS := 5.21.0
 
-.PHONY: bench demo docs test test-all test-oldest test-lmms-eval lint format clean
+.PHONY: bench demo docs test test-all test-oldest test-lmms-eval test-upstream lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'holitom-hf needs Python 3.10 or newer'"
@@ -35,12 +36,18 @@ test-lmms-eval:
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	.venv-lmms/bin/python -m pytest tests/test_lmms_eval.py
 
+# transformers' own tests over our classes, from the source distribution of the installed version. Without the Hub: example
+# files are made here. CHECKOUT=path/to/transformers takes the tests of a checkout, which has those of generation, too.
+test-upstream: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests_upstream --cache $(UPSTREAM) $(if $(CHECKOUT),--checkout $(CHECKOUT))
+
 # The pages of docs/ as a site. The variable leaves out a notice about the next major version of MkDocs.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(SITE)
 
 # Everything a maintainer runs before a release, beside `bench`, which needs an idle machine.
-test-all: test test-oldest test-lmms-eval docs
+test-all: test test-oldest test-lmms-eval test-upstream docs
 	$(BIN)/python -m pytest tests/models/test_fuzzing.py --fuzz-cases 5000
 
 # Before a release, on an idle machine: what got slower since the results in examples/benchmark, which were taken with two
@@ -58,4 +65,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) $(BENCH) $(SITE) build dist
+	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) $(BENCH) $(UPSTREAM) $(SITE) build dist
