@@ -583,6 +583,23 @@ def test_a_slow_download_or_preparation_holds_nobody_up(answerer, demo, inner, m
     assert all(name.startswith("prepare") for name in threads)
 
 
+def test_slow_downloads_do_not_keep_the_model_from_others(answerer, demo, expected, inner):
+    inner.delay = 8.0
+    url = f"http://127.0.0.1:{inner.server_address[1]}/x"
+    video = data_url((demo / "clip.mp4").read_bytes())
+    with Served(answerer, domains=["127.0.0.1"]) as port, ThreadPoolExecutor(20) as clients:
+        slow_ones = [clients.submit(request, port, CHAT, chat(url)) for _ in range(20)]
+        deadline = time.monotonic() + 30
+        while len(inner.asked) < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        status, text, _ = request(port, CHAT, chat(video))
+        assert status == 200
+        assert json.loads(text)["choices"][0]["message"]["content"] == expected.text
+        assert not any(future.done() for future in slow_ones)
+        assert {future.result()[0] for future in slow_ones} == {400}
+
+
 # ---- who may ask ----
 
 

@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`."""
 
 import asyncio
+import contextlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from .work import Work
 
 
 NUM_THREADS = 4  # that decode
+NUM_DOWNLOADS = 32  # at once, each of which may be slow
 NUM_AHEAD = 8  # requests that are prepared or answered at once: the others hold no frames yet
 USUAL_NEW_TOKENS = 1024  # upstream's
 
@@ -53,8 +55,9 @@ class ChatHandler(ChatCompletionHandler):
         self.name, self.sources, self.limits = name, sources, limits
         self.preparer = Preparer(answerer, limits, num_frames)
         self.manager = OneAtATime()
-        self.threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prepare")
-        self.ahead = asyncio.Semaphore(NUM_AHEAD)
+        self.reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self.preparing = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prepare")
+        self.downloads, self.ahead = asyncio.Semaphore(NUM_DOWNLOADS), asyncio.Semaphore(NUM_AHEAD)
 
     async def handle_request(self, body: bytes, work: Work) -> Response:
         """
@@ -68,12 +71,13 @@ class ChatHandler(ChatCompletionHandler):
             The answer, whole or as a stream of events, or an error with a 4xx code.
         """
         try:
-            asked = await self._in_thread(self._parse, body)
-            await work.held.enter_async_context(self.ahead)
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(self.reading, self._parse, body)
             start = time.monotonic()
             media = [await self._open(part, work) for part in _media_of(asked)]
             work.note("fetch", start)
-            inputs = await self._in_thread(self.preparer.prepare, asked, media, work)
+            await work.held.enter_async_context(self.ahead)
+            inputs = await loop.run_in_executor(self.preparing, self.preparer.prepare, asked, media, work)
             # Older servers of upstream's don't know `max_completion_tokens`; the seed is set where tokens are drawn.
             names = {"temperature", "top_p", "frequency_penalty", "stop", "logit_bias"}
             usual = min(USUAL_NEW_TOKENS, self.limits.max_new_tokens)
@@ -111,12 +115,10 @@ class ChatHandler(ChatCompletionHandler):
 
     async def _open(self, part, work: Work) -> BinaryIO:
         address = part.video_url if isinstance(part, VideoPart) else part.image_url
-        file = await self.sources.open(address.url)
+        async with contextlib.nullcontext() if address.url.startswith("data:") else self.downloads:
+            file = await self.sources.open(address.url)
         work.held.callback(file.close)
         return file
-
-    async def _in_thread(self, function, *args):
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
 
 def _media_of(asked: ChatRequest) -> list:
