@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -137,12 +138,78 @@ def test_claims_hold_and_do_not_hold():
         + made_up("frames@0.15", 0.7, 14)
         + made_up("frames@0.05", 0.5, 5)
     )
-    claims = {claim.text: claim for claim in check_claims(summarize(results, runs))}
+    claims = {claim.text: claim for claim in check_claims(summarize(results, runs), results)}
     assert claims["HoliTom keeps >= 99% of the accuracy at R = 15%"].verdict == "holds"
     assert claims["HoliTom at R = 15% is ahead of fewer frames at equal FLOPs"].verdict == "holds"
     assert claims["HoliTom at R = 5% is ahead of fewer frames at equal FLOPs"].verdict == "does not hold"
     assert claims["Stage 3 costs less than 1 point at R = 15%"].verdict == "holds"
     assert claims["Stage 3 costs less than 1 point at R = 5%"].verdict == "does not hold"
+
+
+def answered(run, right, flops):
+    """A question a video, right where `right` says so."""
+    return [
+        Result(run, f"q{i}", f"v{i}", "color", "", bool(r), 100, 50, flops, None, 0.1) for i, r in enumerate(right)
+    ]
+
+
+def paired_interval(ours, theirs):
+    """Of the mean of paired differences, by its standard error: what the bootstrap must come near to."""
+    difference = np.asarray(ours, float) - np.asarray(theirs, float)
+    error = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+    return difference.mean() - error, difference.mean() + error
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "verdict"),
+    [(0, 12, "holds"), (12, 0, "does not hold"), (30, 36, "no difference"), (0, 0, "no difference")],
+)
+def test_a_difference_inside_its_paired_interval_is_none(lost, won, verdict):
+    own = replace(tiny_model(tiny_processor().tokenizer).config.holitom_config)
+    runs = method_runs(own, ["holitom", "frames"], [0.15])
+    theirs = np.arange(400) % 2
+    ours = theirs.copy()
+    ours[np.flatnonzero(theirs == 1)[:lost]] = 0
+    ours[np.flatnonzero(theirs == 0)[:won]] = 1
+    results = answered("full", np.ones(400), 100) + answered("holitom@0.15", ours, 10)
+    results += answered("frames@0.15", theirs, 10)
+    [claim] = [c for c in check_claims(summarize(results, runs), results) if "fewer frames" in c.text]
+    assert claim.verdict == verdict
+    difference, low, high = (float(number) for number in re.findall(r"[-+]\d+\.\d", claim.measured))
+    assert difference == pytest.approx(100 * (ours.mean() - theirs.mean()), abs=0.051)
+    assert (low, high) == pytest.approx([100 * end for end in paired_interval(ours, theirs)], abs=0.4)
+    # Unpaired, the intervals of the two accuracies overlap in every case here.
+    rows = {row.run: row for row in summarize(results, runs)}
+    assert rows["holitom@0.15"].accuracy_low < rows["frames@0.15"].accuracy_high
+    assert rows["frames@0.15"].accuracy_low < rows["holitom@0.15"].accuracy_high
+
+
+def test_a_share_of_the_accuracy_is_told_only_outside_its_interval():
+    own = replace(tiny_model(tiny_processor().tokenizer).config.holitom_config)
+    runs = method_runs(own, ["holitom", "holitom-outer"], [0.15])
+    right = np.arange(400) < 300
+    slightly = right.copy()
+    slightly[:4] = False
+    results = answered("full", right, 100) + answered("holitom@0.15", slightly, 10)
+    results += answered("holitom-outer@0.15", right, 12)
+    claims = {claim.text: claim.verdict for claim in check_claims(summarize(results, runs), results)}
+    assert claims["HoliTom keeps >= 99% of the accuracy at R = 15%"] == "cannot be told"
+    assert claims["Stage 3 costs less than 1 point at R = 15%"] == "cannot be told"
+
+
+def test_between_two_points_of_a_curve_the_comparison_is_with_their_mixture():
+    own = replace(tiny_model(tiny_processor().tokenizer).config.holitom_config)
+    runs = method_runs(own, ["holitom", "frames"], [0.15, 0.05])
+    rng = np.random.default_rng(1)
+    right = {name: rng.random(300) < share for name, share in (("a", 0.7), ("b", 0.6), ("c", 0.5))}
+    results = answered("full", np.ones(300), 100) + answered("holitom@0.15", right["a"], 12)
+    results += answered("holitom@0.05", right["a"], 2)
+    results += answered("frames@0.15", right["b"], 16) + answered("frames@0.05", right["c"], 8)
+    claims = {claim.text: claim for claim in check_claims(summarize(results, runs), results)}
+    for ratio, mixture in (("15", (right["b"] + 1.0 * right["c"]) / 2), ("5", right["c"])):
+        claim = claims[f"HoliTom at R = {ratio}% is ahead of fewer frames at equal FLOPs"]
+        low, high = (float(number) for number in re.findall(r"[-+]\d+\.\d", claim.measured)[1:])
+        assert (low, high) == pytest.approx([100 * end for end in paired_interval(right["a"], mixture)], abs=0.6)
 
 
 def test_intervals_shrink_with_the_number_of_videos():
@@ -159,7 +226,7 @@ def test_intervals_shrink_with_the_number_of_videos():
 
 def test_report_holds_every_run(results, runs, answerer, tmp_path):
     pytest.importorskip("matplotlib")
-    files = write_report(summarize(results, runs), "holitom-hf evaluate", tmp_path)
+    files = write_report(summarize(results, runs), results, "holitom-hf evaluate", tmp_path)
     assert [file.name for file in files] == ["table.md", "table.json", "accuracy_flops.png", "accuracy_types.png"]
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["run"] for row in table["rows"]] == [run.name for run in runs]

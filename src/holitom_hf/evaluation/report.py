@@ -57,12 +57,14 @@ class Row:
 
 
 class _Resampled:
-    """Sums of right answers and questions per video, and the same resamples of videos for everything compared."""
+    """
+    The same resamples of videos for everything compared, so that differences of accuracies are paired: a video that is
+    hard for one run is drawn as often for the other.
+    """
 
-    def __init__(self, results: list[Result], videos: list[str]):
-        self.number = {video: index for index, video in enumerate(videos)}
+    def __init__(self, videos: set[str]):
+        self.number = {video: index for index, video in enumerate(sorted(videos))}
         self.picks = np.random.default_rng(0).integers(len(videos), size=(NUM_RESAMPLES, len(videos)))
-        self.right, self.asked = self._sums(results)
 
     def _sums(self, results: Iterable[Result]) -> tuple[np.ndarray, np.ndarray]:
         right, asked = np.zeros(len(self.number)), np.zeros(len(self.number))
@@ -99,7 +101,7 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
     for result in results:
         by_run[result.run].append(result)
     full = by_run["full"]
-    resampled = _Resampled(full, sorted({result.video for result in results}))
+    resampled = _Resampled({result.video for result in results})
     full_accuracy, full_resampled = _accuracy(full), resampled.accuracies(full)
     full_flops = np.mean([result.flops for result in full])
     full_counted = {r.id: r.flops_counted for r in full if r.flops_counted is not None}
@@ -147,16 +149,30 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
 
 @dataclass
 class Claim:
-    """What the paper says, what was measured, and whether it holds here."""
+    """What the paper says, what was measured with its 95 % interval, and what can be said of it here."""
 
     text: str
     measured: str
     verdict: str
 
 
-def check_claims(rows: list[Row]) -> list[Claim]:
-    """The paper's claims against the rows; those whose runs are missing are left out."""
+def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
+    """
+    The paper's claims against what was measured; those whose runs are missing are left out.
+
+    A claim holds, or does not, only if all of its interval says so. Two runs are compared over the same questions, and
+    a difference whose interval holds zero is none.
+
+    Args:
+        rows: From [`summarize`].
+        results: What they sum up.
+    """
     found = {row.run: row for row in rows}
+    by_run: dict[str, list[Result]] = {row.run: [] for row in rows}
+    for result in results:
+        by_run[result.run].append(result)
+    resampled = _Resampled({result.video for result in results})
+    accuracies = {run: resampled.accuracies(own) for run, own in by_run.items()}
     claims = []
     for ratio, wanted in ((0.15, 0.99), (0.10, 0.98)):
         row = found.get(f"holitom@{ratio:g}")
@@ -165,37 +181,58 @@ def check_claims(rows: list[Row]) -> list[Claim]:
                 Claim(
                     f"HoliTom keeps >= {wanted:.0%} of the accuracy at R = {ratio:.0%}",
                     f"{row.relative:.1%} [{row.relative_low:.1%}, {row.relative_high:.1%}]",
-                    "holds" if row.relative >= wanted else "does not hold",
+                    _verdict(row.relative_low - wanted, row.relative_high - wanted),
                 )
             )
     for row in rows:
         if row.method != "holitom":
             continue
         for method in ROWS:
-            curve = sorted((other.flops_share, other.accuracy) for other in rows if other.method == method)
+            curve = sorted((o for o in rows if o.method == method), key=lambda other: other.flops_share)
             if method.startswith("holitom") or not curve:
                 continue
+            flops = [other.flops_share for other in curve]
+            at = max(row.flops_share, flops[0])
+            other = float(np.interp(at, flops, [other.accuracy for other in curve]))
+            low, high = _interval(accuracies[row.run] - _interpolated(at, flops, [accuracies[o.run] for o in curve]))
+            measured = f"{row.accuracy:.1%} against {other:.1%} at {row.flops_share:.1%} of the FLOPs"
+            if row.flops_share < flops[0]:
+                measured = f"{row.accuracy:.1%} against {other:.1%} of its cheapest point, at {at:.1%} of the FLOPs"
+            measured += f": {_points(row.accuracy - other, low, high)}"
             text = f"HoliTom at R = {row.retention_ratio:.0%} is ahead of {ROWS[method].label} at equal FLOPs"
-            if row.flops_share < curve[0][0]:
-                measured = f"it has no point at {row.flops_share:.1%} of the FLOPs; its cheapest, {curve[0][0]:.1%}, "
-                measured += f"reaches {curve[0][1]:.1%}, HoliTom {row.accuracy:.1%}"
-                other = curve[0][1]
-            else:
-                other = float(np.interp(row.flops_share, *zip(*curve)))
-                measured = f"{row.accuracy:.1%} against {other:.1%} at {row.flops_share:.1%} of the FLOPs"
-            claims.append(Claim(text, measured, "holds" if row.accuracy > other else "does not hold"))
+            claims.append(Claim(text, measured, _verdict(low, high, undecided="no difference")))
     for row in rows:
         without = found.get(f"holitom-outer@{row.retention_ratio:g}") if row.method == "holitom" else None
         if without is not None:
-            lost = 100 * (without.accuracy - row.accuracy)
+            low, high = _interval(accuracies[without.run] - accuracies[row.run])
             claims.append(
                 Claim(
                     f"Stage 3 costs less than 1 point at R = {row.retention_ratio:.0%}",
-                    f"{lost:+.1f} points",
-                    "holds" if lost < 1 else "does not hold",
+                    _points(without.accuracy - row.accuracy, low, high),
+                    _verdict(0.01 - high, 0.01 - low),
                 )
             )
     return claims
+
+
+def _verdict(low: float, high: float, undecided: str = "cannot be told") -> str:
+    """What an interval of a difference says of the claim that it is positive."""
+    if low > 0:
+        return "holds"
+    return "does not hold" if high < 0 else undecided
+
+
+def _interpolated(at: float, places: list[float], curves: list[np.ndarray]) -> np.ndarray:
+    """(NUM_RESAMPLES,) values between those of `curves` at the ascending `places`, resample by resample."""
+    right = min(int(np.searchsorted(places, at)), len(places) - 1)
+    left = max(right - 1, 0)
+    width = places[right] - places[left]
+    share = min((at - places[left]) / width, 1.0) if width > 0 else 1.0
+    return (1 - share) * curves[left] + share * curves[right]
+
+
+def _points(difference: float, low: float, high: float) -> str:
+    return f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def environment() -> dict[str, str]:
@@ -209,19 +246,20 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_report(rows: list[Row], command: str, out: Path) -> list[Path]:
+def write_report(rows: list[Row], results: list[Result], command: str, out: Path) -> list[Path]:
     """
     Writes `table.json`, `table.md` and, with matplotlib, `accuracy_flops.png` and `accuracy_types.png`.
 
     Args:
         rows: From [`summarize`].
+        results: What they sum up.
         command: What was typed, for the record.
         out: Folder.
 
     Returns:
         The files.
     """
-    claims, where = check_claims(rows), environment()
+    claims, where = check_claims(rows, results), environment()
     content = {
         "command": command,
         **where,
@@ -269,7 +307,10 @@ def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[st
     text += "\nAccuracy by type of question\n\n" + _table(["method", "R", *types], lines)
     if claims:
         lines = [[claim.text, claim.measured, claim.verdict] for claim in claims]
-        text += "\nThe paper's claims on this set\n\n" + _table(["claim", "measured", "verdict"], lines)
+        text += (
+            "\nThe paper's claims on this set; differences are paired by video, with 95 % intervals, and none where "
+        )
+        text += "the interval holds zero\n\n" + _table(["claim", "measured", "verdict"], lines)
     for group in dict.fromkeys(row.ablation for row in rows if row.ablation):
         members = [row for row in rows if row.ablation == group]
         text += f"\nAblation at R = {members[0].retention_ratio:.0%}: {group}\n\n"

@@ -83,7 +83,7 @@ def evaluate(
         asked = read_set(folder)
         answerer.load_model()
         results = answer_all(answerer, folder, asked, runs, out, batch_size, progress=progress_bar("Answering"))
-        files = write_report(summarize(results, runs), "holitom-hf " + shlex.join(sys.argv[1:]), out)
+        files = write_report(summarize(results, runs), results, "holitom-hf " + shlex.join(sys.argv[1:]), out)
         print((out / "table.md").read_text())
         print("Wrote " + ", ".join(map(str, files)) + ".")
 
