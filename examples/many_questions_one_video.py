@@ -2,19 +2,24 @@
 One video, many questions: the video is decoded, encoded and prefilled once, and every question starts from a copy of
 the cache.
 
-    python examples/many_questions_one_video.py VIDEO MODEL "What happens?" "How many people?" ...
+    python examples/many_questions_one_video.py [VIDEO MODEL "What happens?" "How many people?" ...]
 
-Stage 3 keeps what the last token of the shared prefix attends to, since no question is known yet.
+Without arguments it draws a clip and asks the small model that comes with the package. Stage 3 keeps what the last
+token of the shared prefix attends to, since no question is known yet.
 """
 
 import copy
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from transformers import DynamicCache
 
 from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
+from holitom_hf.apps.demo import write_clip
+from holitom_hf.bundled import BUNDLED_MODEL
 
 
 @torch.inference_mode()
@@ -42,6 +47,12 @@ def main(video: str, name: str, *questions: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
+    if len(sys.argv) == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            clip = Path(folder) / "clip.mp4"
+            asked = [question.text for question in write_clip(clip)]
+            main(str(clip), str(BUNDLED_MODEL), *asked)
+    elif len(sys.argv) < 4:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    else:
+        main(*sys.argv[1:])

@@ -34,7 +34,7 @@ def main(video: str | None = None, name: str = str(BUNDLED_MODEL)) -> None:
 
     answer = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"{question} {answer.strip()}")
-    [[merged]] = output.past_key_values.compressed_sequence.merged_videos
+    [[merged]] = output.merged_videos
     print(f"{merged.num_input_tokens} video tokens in {len(merged.segments)} segments became {merged.num_tokens}.")
 
 

@@ -46,6 +46,15 @@ def test_many_questions(demo, tmp_path):
     assert lines[2].split("?")[1].strip() in ("yes", "no")
 
 
+def test_many_questions_without_arguments(tmp_path):
+    lines = run(sys.executable, EXAMPLES / "many_questions_one_video.py", cwd=tmp_path).splitlines()
+    assert len(lines) >= 4
+    assert re.match(r"\d+\.\d\d s for the video, once", lines[0])
+    for line in lines[1:]:
+        assert re.fullmatch(r"\d+\.\d\d s  .+\?  \S.*", line), line
+    assert not list(tmp_path.iterdir())
+
+
 def test_batch(tmp_path):
     output = run("bash", EXAMPLES / "batch.sh", "out", "6", cwd=tmp_path)
     assert re.search(r"\d of 6 answers are right", output)
