@@ -2,10 +2,10 @@
 The checks that transformers' own ModelTesterMixin and GenerationTesterMixin make, by intent.
 
 The installed package does not carry them (`make test-upstream` downloads and runs them), so what they ask of a model
-class is asked here once more, for ours, with all three stages on. Elsewhere: gradient checkpointing in test_training.py;
-save and load in test_checkpoint.py; cache formats, beams, assisted decoding, attention implementations and compiling in
-test_generation.py; torch.export in test_export.py; offloading and tensor parallel in test_devices.py; padding in
-test_modeling.py.
+class is asked here once more, for ours, with all three stages on. Elsewhere: gradient checkpointing in
+test_training.py; save and load in test_checkpoint.py; cache formats, beams, assisted decoding, attention
+implementations and compiling in test_generation.py; torch.export in test_export.py; offloading and tensor parallel in
+test_devices.py; padding in test_modeling.py.
 
 Upstream tests and we don't: CUDA and multi-GPU runs, flash kernels themselves, DeepSpeed and FSDP, ONNX, dynamic RoPE
 scaling, and what belongs to encoder-decoder models.
