@@ -490,6 +490,18 @@ def test_a_body_that_never_ends_is_given_up(answerer):
         assert client.recv(100).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("PUT", 405)])
+def test_what_other_methods_send_is_not_kept(answerer, method, status):
+    with Served(answerer, limits=ServingLimits(max_body_bytes=1000)) as port, socket.socket() as client:
+        client.connect(("127.0.0.1", port))
+        # It is answered though the body never comes.
+        client.sendall(
+            f"{method} /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000000\r\n\r\n{{".encode()
+        )
+        client.settimeout(20)
+        assert client.recv(100).startswith(f"HTTP/1.1 {status}".encode())
+
+
 def without_end(answerer, num_tokens: int) -> dict:
     """A request whose answer is as long as it may be."""
     ends = answerer.model.generation_config.eos_token_id

@@ -117,7 +117,9 @@ class Guard:
     async def _answer(self, scope, receive, send, work: Work, headers) -> JSONResponse | None:
         """Runs the application; what it did not answer itself is returned."""
         try:
-            body = await asyncio.wait_for(self._body(receive, headers), work.seconds_left)
+            # Only those are counted; what others send is not kept.
+            reading = self._body(receive, headers) if scope["method"] == "POST" else _nothing()
+            body = await asyncio.wait_for(reading, work.seconds_left)
         except asyncio.TimeoutError:
             return error_response(408, f"the request took more than {work.max_seconds:.0f} s to send")
         except ConnectionError:
@@ -188,6 +190,10 @@ class Guard:
             f"; seconds: {stages}" if stages else "",
             f"; tokens: {tokens}" if tokens else "",
         )
+
+
+async def _nothing() -> bytes:
+    return b""
 
 
 async def _disconnect(receive) -> None:
