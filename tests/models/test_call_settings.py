@@ -1,5 +1,6 @@
 """Settings of one call, and what `generate` tells of it."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,15 @@ def test_generate_tells_what_was_merged_for_every_sequence(model, inputs, kwargs
         [merged], [expected] = output.merged_videos[row], forward.merged_videos[prompt]
         assert torch.equal(merged.assignment, expected.assignment)
         assert torch.equal(output.inner_keep[row], forward.inner_keep[prompt])
+
+
+def test_the_example_of_the_main_class_runs(demo, capsys):
+    text = inspect.getdoc(HoliTomLlavaOnevisionForConditionalGeneration)
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace("llava-hf/llava-onevision-qwen2-7b-ov-hf", str(demo / "model"))
+    exec(code.replace("video.mp4", str(demo / "clip.mp4")).replace("=128", "=2"), {})
+    printed = capsys.readouterr().out
+    assert "MergedVideo(32 frames of 49 tokens in " in printed
 
 
 def test_generate_tells_nothing_where_nothing_was_merged_or_no_cache_remembers_it(model, inputs):

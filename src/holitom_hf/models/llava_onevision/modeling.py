@@ -149,7 +149,27 @@ class HoliTomLlavaOnevisionModel(
 class HoliTomLlavaOnevisionForConditionalGeneration(
     HoliTomCheckpointMixin, HoliTomGenerationMixin, CompressedHeadMixin, LlavaOnevisionForConditionalGeneration
 ):
-    """`LlavaOnevisionForConditionalGeneration` on a [`HoliTomLlavaOnevisionModel`]."""
+    """
+    `LlavaOnevisionForConditionalGeneration` on a [`HoliTomLlavaOnevisionModel`].
+
+    ```python
+    import torch
+    from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
+
+    name = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(
+        name, holitom_config={"retention_ratio": 0.1}, dtype="auto", device_map="auto"
+    )
+    processor = HoliTomProcessor.from_pretrained(name)
+    content = [{"type": "video"}, {"type": "text", "text": "What happens in the video?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=prompt, videos="video.mp4", return_tensors="pt").to(model.device, model.dtype)
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=128, return_dict_in_generate=True)
+    print(processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(output.merged_videos[0][0])
+    ```
+    """
 
     config: HoliTomLlavaOnevisionConfig
 
