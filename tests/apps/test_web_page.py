@@ -1,5 +1,7 @@
 """The web page: its answers, what it refuses, and a click through it in a browser."""
 
+import ctypes
+import os
 import re
 import shutil
 import socket
@@ -86,6 +88,28 @@ def test_what_a_visitor_may_get_wrong_is_one_sentence_without_a_path(side_by_sid
     assert told(side_by_side, str(bad)) == "The video is longer than 60 minutes: cut it first."
 
 
+def test_an_uploaded_playlist_opens_no_file_of_the_server(side_by_side, demo, tmp_path):
+    segment, playlist = tmp_path / "secret.ts", tmp_path / "upload.m3u8"
+    with av.open(str(demo / "clip.mp4")) as source, av.open(str(segment), "w", format="mpegts") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:8\n#EXTINF:8,\n{segment}\n#EXT-X-ENDLIST\n")
+    libc = ctypes.CDLL(None, use_errno=True)
+    opened = libc.inotify_init1(os.O_NONBLOCK)
+    assert libc.inotify_add_watch(opened, os.fsencode(segment), 0x20) >= 0  # IN_OPEN
+    try:
+        with av.open(str(playlist)):  # FFmpeg left to itself does open it
+            assert os.read(opened, 4096)
+        assert told(side_by_side, str(playlist)).startswith("This file can't be read as a video.")
+        with pytest.raises(BlockingIOError):
+            os.read(opened, 4096)
+    finally:
+        os.close(opened)
+
+
 def test_it_takes_as_many_frames_as_the_command_says(side_by_side, demo, monkeypatch):
     from holitom_hf.apps.web_page import SideBySide
 
@@ -105,20 +129,31 @@ def test_times_are_of_second_runs_in_both_columns(demo, monkeypatch):
     answerer = Answerer(str(BUNDLED_MODEL), device="cpu")
     answerer.load_model()
     page, generate, runs = SideBySide(answerer), answerer.generate, []
+    encode, encoded = answerer.encode, []
+
+    def noted_encoding(prepared):
+        encode(prepared)
+        encoded.append(prepared.num_frames)
+        prepared.seconds["encode"] = 100.0 * len(encoded)
 
     def noted(prepared, max_new_tokens, streamer, settings):
         runs.append((prepared.num_frames, settings.retention_ratio))
         result = generate(prepared, max_new_tokens, streamer, settings)
-        result.seconds["first_token"] = 1000.0 * len(runs) - result.seconds["encode"]
+        result.seconds["first_token"] = 1000.0 * len(runs)
         return result
 
     monkeypatch.setattr(answerer, "generate", noted)
+    monkeypatch.setattr(answerer, "encode", noted_encoding)
     for num_frames, first in ((16, 3), (16, 5), (9, 9), (16, 11)):
         answerer.processor.video_processor.num_frames = num_frames
         *_, (_, plain, _, short, _) = page.answer(str(demo / "clip.mp4"), "What shape is white?", 20, 0.8)
-        times = [float(re.search(r"first token \| ([\d.]+) s", figures)[1]) for figures in (plain, short)]
-        assert times == [1000.0 * first, 1000.0 * (first + 1)]  # the runs that are shown, counted from the first
+        found = [re.search(r"first token \| ([\d.]+) s \(([\d.]+) s vision", figures) for figures in (plain, short)]
+        vision = 100.0 * len(encoded)  # the last encoding, in both
+        # The runs that are shown, counted from the first.
+        assert [float(match[1]) - vision for match in found] == [1000.0 * first, 1000.0 * (first + 1)]
+        assert [float(match[2]) for match in found] == [vision, vision]
     assert [number for number, _ in runs] == [16] * 6 + [9] * 4 + [16] * 2
+    assert encoded == [16, 16, 16, 9, 9, 16]
     assert [ratio for _, ratio in runs] == [page.plain.retention_ratio, 0.2] * 6
 
 

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import gradio as gr
+import numpy as np
 import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 from transformers.utils import logging
 
-from ..answering.answerer import Answer, Answerer
+from ..answering.answerer import Answer, Answerer, PreparedQuestion
 from ..bundled.questions import Question, draw_set, is_countable, uniform_times
 from ..configuration import HoliTomConfig
 from ..evaluation.methods import full_run
+from ..video.decoding import read_video
 from ..video.encoding import write_video
+from ..video.limits import VideoLimits
 from .picture_files import figure_of, merge_frames
 
 
@@ -41,7 +43,7 @@ THRESHOLD_HELP = (
     "Where a patch of the picture resembles the same patch of the next frame more than this (cosine similarity, 1: no "
     "difference), it counts as standing still, and one token does for all those frames. Lower: more counts as still."
 )
-BROKEN = "This file can't be read as a video. It may be damaged, cut off, or hold no pictures: try another one."
+BROKEN = "This file can't be read as a video. It may be damaged, cut off, too large, or hold no pictures: try another."
 
 
 class DemoError(Exception):
@@ -81,13 +83,6 @@ def check_request(video: str | None, question: str | None) -> str:
         raise DemoError("Ask something about the video.")
     if len(question) > MAX_QUESTION:
         raise DemoError(f"The question is too long: at most {MAX_QUESTION} characters.")
-    try:
-        with av.open(video) as container:
-            length = (container.duration or 0) / av.time_base
-    except (OSError, av.error.FFmpegError) as error:
-        raise DemoError(BROKEN) from error
-    if length > MAX_SECONDS:
-        raise DemoError(f"The video is longer than {MAX_SECONDS // 60} minutes: cut it first.")
     return question
 
 
@@ -98,13 +93,9 @@ def figures_text(answer: Answer, peak_memory: int | None, settings: HoliTomConfi
     after = (
         f", {answer.visual_tokens_inner} after layer {answer.inner_merge_layer}" if answer.inner_merge_layer else ""
     )
+    own = f"R = {100 * settings.retention_ratio:g} %, tau = {settings.similarity_threshold:g}"
     rows = [
-        (
-            "set",
-            "all tokens"
-            if settings.is_identity
-            else f"R = {100 * settings.retention_ratio:g} %, tau = {settings.similarity_threshold:g}",
-        ),
+        ("set", "all tokens" if settings.is_identity else own),
         ("video tokens", f"{answer.visual_tokens_outer} of {answer.visual_tokens_before}{after}"),
         ("prefill FLOPs", f"{answer.flops_share:.1%}"),
         ("first token", f"{seconds['encode'] + seconds['first_token']:.2f} s ({seconds['encode']:.2f} s vision)"),
@@ -160,15 +151,13 @@ class SideBySide:
             ) from None
 
     def _answer_both(self, video: str, question: str, settings: HoliTomConfig):
-        try:
-            (frames,), _ = self.answerer.processor.video_processor.decode(video)
-        except (OSError, ValueError) as error:
-            raise DemoError(BROKEN) from error
+        frames = self._read(video)
         if len(frames) not in self.warm_at:
             self._warm_up(frames, question, settings)
+        prepared, peak = self._encoded(frames, question)
         shown = ["", "", "", ""]
         for column, chosen in ((0, self.plain), (2, settings)):
-            for text, figures in self._answer(frames, question, chosen):
+            for text, figures in self._answer(prepared, chosen, peak):
                 shown[column : column + 2] = text, figures
                 yield (*shown, None)
         if not settings.has_outer_stage:
@@ -177,17 +166,44 @@ class SideBySide:
         figure_of(merge_frames(self.answerer, frames, settings, question)).savefig(file, format="png", dpi=130)
         yield (*shown, Image.open(file))
 
+    def _read(self, video: str) -> torch.Tensor:
+        """(F, 3, H, W) frames of an uploaded file, which is a stranger's, though it lies here."""
+
+        def chosen(metadata) -> np.ndarray:
+            if metadata.duration > MAX_SECONDS:
+                raise DemoError(f"The video is longer than {MAX_SECONDS // 60} minutes: cut it first.")
+            return self.answerer.processor.video_processor.sample_frames(metadata)
+
+        try:
+            return read_video(video, chosen, VideoLimits())[0]
+        except (OSError, ValueError) as error:
+            raise DemoError(BROKEN) from error
+
+    def warm_up(self, video: str, question: Question) -> None:
+        """Before the first visitor, whose video will mostly be as long as this one."""
+        self._warm_up(self._read(video), question.text, self.own)
+
     def _warm_up(self, frames: torch.Tensor, question: str, settings: HoliTomConfig) -> None:
         """Runs both columns once for nothing: the first run at a length would be a slow one, of the first column."""
+        prepared, peak = self._encoded(frames, question)
         for chosen in (self.plain, settings):
-            for _ in self._answer(frames, question, chosen):
+            for _ in self._answer(prepared, chosen, peak):
                 pass
         self.warm_at.add(len(frames))
 
-    def _answer(self, frames: torch.Tensor, question: str, settings: HoliTomConfig) -> Iterator[tuple[str, str]]:
+    def _encoded(self, frames: torch.Tensor, question: str) -> tuple[PreparedQuestion, int]:
+        """What both columns start from, since the vision tower does the same for both; and the memory it took."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        prepared = self.answerer.prepare(frames, question)
+        self.answerer.encode(prepared)
+        return prepared, torch.cuda.max_memory_allocated() if self.is_cuda else 0
+
+    def _answer(
+        self, prepared: PreparedQuestion, settings: HoliTomConfig, tower_peak: int
+    ) -> Iterator[tuple[str, str]]:
         """One answer as it grows, and its figures at the end."""
         answerer, tokenizer = self.answerer, self.answerer.processor.tokenizer
-        prepared = answerer.prepare(frames, question)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=TOKEN_TIMEOUT)
         outcome: list[Answer | Exception] = []
 
@@ -195,7 +211,6 @@ class SideBySide:
             try:
                 if self.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
-                answerer.encode(prepared)
                 outcome.append(answerer.generate(prepared, MAX_NEW_TOKENS, streamer, settings))
             except Exception as error:
                 outcome.append(error)
@@ -210,7 +225,7 @@ class SideBySide:
         thread.join()
         if isinstance(outcome[0], Exception):
             raise outcome[0]
-        peak = torch.cuda.max_memory_allocated() if self.is_cuda else None
+        peak = max(tower_peak, torch.cuda.max_memory_allocated()) if self.is_cuda else None
         yield outcome[0].text, figures_text(outcome[0], peak, settings)
 
 
@@ -262,16 +277,8 @@ def build_app(answerer: Answerer, about: str = "", num_frames: int | None = None
         # One after another: answers that share the machine would spoil each other's times.
         for event in (ask.click, question.submit):
             event(side_by_side.answer, inputs, [*outputs, picture], concurrency_limit=1, concurrency_id="model")
-    _warm_up(side_by_side, examples[0])
+    side_by_side.warm_up(*examples[0])
     return app
 
 
 LAUNCH_OPTIONS = {"max_file_size": MAX_UPLOAD, "show_error": False, "footer_links": []}
-
-
-def _warm_up(side_by_side: SideBySide, example: tuple[str, Question]) -> None:
-    """The first answer takes longer than all others: it is not a visitor's."""
-    video, question = example
-    percent, threshold = 100 * side_by_side.own.retention_ratio, side_by_side.own.similarity_threshold
-    for _ in side_by_side.answer(video, question.text, percent, threshold):
-        pass
