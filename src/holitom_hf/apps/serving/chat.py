@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
@@ -22,7 +23,7 @@ from .requests import ChatRequest, TextPart, VideoPart, in_words
 from .work import Work
 
 
-NUM_THREADS = 4  # that decode
+NUM_THREADS = min(4, os.cpu_count() or 1)  # that decode
 NUM_DOWNLOADS = 32  # at once, each of which may be slow
 NUM_AHEAD = 8  # requests that are prepared or answered at once: the others hold no frames yet
 USUAL_NEW_TOKENS = 1024  # upstream's
