@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from holitom_hf import HoliTomConfig
 from holitom_hf.checkpoints.flattening import flat_package, flatten
 from holitom_hf.checkpoints.remote_code import carried_modules
 from holitom_hf.models.registry import backbones
@@ -126,6 +127,25 @@ class TestBackbones:
         )
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
         assert run.stdout.strip() == "all of them", run.stderr
+
+    def test_a_preset_is_missed_in_plain_words_and_a_dictionary_overlays(self, backbone, tmp_path):
+        modules = flat_package(backbone)
+        write(tmp_path / "flat", {"__init__.py": ""} | {f"{name}.py": text for name, text in modules.items()})
+        code = (
+            "import sys\n"
+            "sys.modules['holitom_hf'] = None\n"
+            "from flat.configuration import HoliTomConfig\n"
+            "own = HoliTomConfig(similarity_threshold=0.5)\n"
+            "print(HoliTomConfig.coerce({'retention_ratio': 0.1}, own).to_dict())\n"
+            "HoliTomConfig.coerce('llava-onevision-7b-r10', own)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+        expected = HoliTomConfig(retention_ratio=0.1, similarity_threshold=0.5).to_dict()
+        assert run.stdout.strip() == str(expected), run.stderr
+        last = run.stderr.strip().splitlines()[-1]
+        assert last.startswith(
+            "ValueError: There is no file 'llava-onevision-7b-r10', and presets are part of the package"
+        )
 
     def test_it_carries_its_own_backbone_only_and_little(self, backbone):
         modules = flat_package(backbone)
