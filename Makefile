@@ -40,7 +40,7 @@ test-lmms-eval:
 # files are made here. CHECKOUT=path/to/transformers takes the tests of a checkout, which has those of generation, too.
 test-upstream: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests_upstream --cache $(UPSTREAM) $(if $(CHECKOUT),--checkout $(CHECKOUT))
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -c tests_upstream/pytest.ini tests_upstream --cache=$(UPSTREAM) $(if $(CHECKOUT),--checkout=$(CHECKOUT))
 
 # The pages of docs/ as a site. The variable leaves out a notice about the next major version of MkDocs.
 docs: $(VENV)/.installed
