@@ -154,4 +154,4 @@ class MergingSettings:
 
     def overlaid(self, values: dict[str, Any]):
         """These settings with the fields that a dictionary names in place of their own."""
-        return self.from_dict(self.to_dict() | values)
+        return self.from_dict(vars(self) | values)
