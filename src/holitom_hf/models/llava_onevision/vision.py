@@ -58,7 +58,6 @@ class LlavaOnevisionVisionMixin:
         vision_batch_size: int | None = None,
         holitom_config: HoliTomConfig | dict | str | None = None,
         return_vision_states: bool = True,
-        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> HoliTomVideoFeatures:
         """
@@ -73,7 +72,7 @@ class LlavaOnevisionVisionMixin:
             holitom_config: Settings the videos will be merged with; default: the model's. Importance is left out
                 where they don't need it.
             return_vision_states: `False` leaves out the tower's own outputs, so that none of them outlives its chunk.
-            output_hidden_states: Which of the tower's to return: all, or by index; default: those that are projected.
+            kwargs: As upstream. Of `output_hidden_states`, all or by index, the default are those that are projected.
             The rest: as upstream.
 
         Raises:
@@ -89,7 +88,8 @@ class LlavaOnevisionVisionMixin:
 
         feature_layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
         hidden_index, layer = self.importance_layer(feature_layers)
-        wanted = output_hidden_states or feature_layers
+        # No named argument: `generate` gives those to the encoder alone.
+        wanted = kwargs.pop("output_hidden_states", None) or feature_layers
         wanted = wanted if isinstance(wanted, (list, bool)) else [wanted]
         features, importance, keys, states, attentions = [], [], [], [], []
         if vision_batch_size is None:
