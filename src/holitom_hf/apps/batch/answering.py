@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -137,14 +139,15 @@ def decode_ahead(decoded: DecodedInputs, num_workers: int, num_ahead: int) -> It
     def loader(first: int, stop: int, workers: int) -> DataLoader:
         chosen = Subset(decoded, range(first, stop))
         ahead = min(num_ahead, stop - first) if workers else None
-        return DataLoader(chosen, batch_size=None, num_workers=workers, prefetch_factor=ahead)
+        start = _share_by_file if workers else None
+        return DataLoader(chosen, batch_size=None, num_workers=workers, prefetch_factor=ahead, worker_init_fn=start)
 
     number, total, one_at_a_time_until = 0, len(decoded), 0
     while number < total:
         is_alone = number < one_at_a_time_until
         stop = number + 1 if is_alone else total
         try:
-            for item in loader(number, stop, min(1, num_workers) if is_alone else num_workers):
+            for item in _started(loader(number, stop, min(1, num_workers) if is_alone else num_workers)):
                 yield item
                 number += 1
         except RuntimeError as error:  # of the loader: an input's own errors are in its `DecodedInput`
@@ -154,6 +157,23 @@ def decode_ahead(decoded: DecodedInputs, num_workers: int, num_ahead: int) -> It
                 number += 1
             else:
                 one_at_a_time_until = min(total, number + num_workers * num_ahead)
+
+
+def _share_by_file(worker: int) -> None:
+    """What a process has decoded can be taken from it when it is dead; a descriptor it has to hand over itself."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+
+
+def _started(loader: DataLoader) -> Iterator[DecodedInput]:
+    """
+    An iterator whose dead processes are found out where the next input is asked for. torch's own handler of SIGCHLD
+    raises wherever this process is, in the middle of an answer or of writing a record.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return items
 
 
 def run_name(answerer: Answerer, **options) -> str:
