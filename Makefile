@@ -34,7 +34,7 @@ test-lmms-eval:
 	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check lmms-eval
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	.venv-lmms/bin/python -m pytest tests/test_lmms_eval.py
+	.venv-lmms/bin/python -m pytest tests/apps/test_lmms_eval.py
 
 # transformers' own tests over our classes, from the source distribution of the installed version. Without the Hub: example
 # files are made here. CHECKOUT=path/to/transformers takes the tests of a checkout, which has those of generation, too.
