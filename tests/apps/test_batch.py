@@ -1,5 +1,6 @@
 """`holitom-hf batch`: many videos, errors among them, several processes, kills at any moment."""
 
+import gc
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -280,6 +282,32 @@ def test_a_model_that_fails_in_any_way_on_one_input_answers_the_others(model_fol
     records = {record["id"]: record for record in answer_or_tell(answerer, batch, 2)}
     assert records[batch[1].id] == batch[1].asked | {"error": "MemoryError"}
     assert all("answer" in records[item.id] for item in (batch[0], batch[2]))
+
+
+class Collects(DecodedInputs):
+    """Collects garbage in the process that decodes."""
+
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
+
+
+def test_decoders_left_behind_in_this_process_do_not_stop_those_that_decode(videos):
+    """They have threads here and none there, for which freeing them would wait forever."""
+    path = str(videos / "0.mp4")
+    gc.disable()
+    try:
+        container = av.open(path)
+        container.streams.video[0].thread_type = "FRAME"
+        next(container.decode(video=0))
+        left_behind = [container]
+        left_behind.append(left_behind)
+        del container, left_behind
+        inputs = [BatchInput(str(number), path, "What?") for number in range(3)]
+        decoded = Collects(inputs, [0, 1, 2], tiny_processor(), torch.float32)
+        assert [item.error for item in decode_ahead(decoded, num_workers=1, num_ahead=2)] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_process_that_dies_interrupts_no_answer(videos):

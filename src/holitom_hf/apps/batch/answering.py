@@ -1,5 +1,6 @@
 """Many questions about many videos: decoded ahead in other processes, answered in batches, shared among processes."""
 
+import gc
 import hashlib
 import json
 import signal
@@ -139,7 +140,7 @@ def decode_ahead(decoded: DecodedInputs, num_workers: int, num_ahead: int) -> It
     def loader(first: int, stop: int, workers: int) -> DataLoader:
         chosen = Subset(decoded, range(first, stop))
         ahead = min(num_ahead, stop - first) if workers else None
-        start = _share_by_file if workers else None
+        start = _start_decoding if workers else None
         return DataLoader(chosen, batch_size=None, num_workers=workers, prefetch_factor=ahead, worker_init_fn=start)
 
     number, total, one_at_a_time_until = 0, len(decoded), 0
@@ -159,8 +160,12 @@ def decode_ahead(decoded: DecodedInputs, num_workers: int, num_ahead: int) -> It
                 one_at_a_time_until = min(total, number + num_workers * num_ahead)
 
 
-def _share_by_file(worker: int) -> None:
-    """What a process has decoded can be taken from it when it is dead; a descriptor it has to hand over itself."""
+def _start_decoding(worker: int) -> None:
+    """Readies a process that was forked to decode."""
+    # Decoders that the other process has not yet collected have threads there and none here: freeing them would wait
+    # for these forever.
+    gc.freeze()
+    # What this process has decoded can be taken from it when it is dead; a descriptor it has to hand over itself.
     torch.multiprocessing.set_sharing_strategy("file_system")
 
 
@@ -169,6 +174,7 @@ def _started(loader: DataLoader) -> Iterator[DecodedInput]:
     An iterator whose dead processes are found out where the next input is asked for. torch's own handler of SIGCHLD
     raises wherever this process is, in the middle of an answer or of writing a record.
     """
+    gc.collect()
     before = signal.getsignal(signal.SIGCHLD)
     items = iter(loader)
     if before is not None and threading.current_thread() is threading.main_thread():
