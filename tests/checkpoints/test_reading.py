@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,11 @@ from typer.testing import CliRunner
 
 from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
+from holitom_hf.apps.command_line.measuring import SIZES
+from holitom_hf.benchmarking.architectures import ARCHITECTURES
+from holitom_hf.checkpoints import hub as hub_module
+
+from ..hub import LoopbackHub, Repository
 
 
 def rewrite(change):
@@ -78,47 +84,99 @@ def test_a_broken_checkpoint_is_refused_in_one_line_and_nothing_is_written(demo,
 UNREACHABLE = "http://127.0.0.1:9"  # where nothing listens
 TIMED = """
 import sys, time
-from holitom_hf.apps.command_line.app import app
-import holitom_hf.answering.answerer, holitom_hf.apps.converting  # what loading torch takes is not the Hub's
 start = time.perf_counter()
+from holitom_hf.apps.command_line.app import app
 try:
     app(sys.argv[1:], standalone_mode=True)
 finally:
-    sys.stdout.write(f"TOOK {time.perf_counter() - start}")
+    print(time.perf_counter() - start, *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
 """
+NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+COMMANDS = {
+    "answer": ["answer", "clip.mp4", "?", "--model", NAME],
+    "batch": ["batch", "clips", "answers.jsonl", "--question", "?", "--model", NAME],
+    "visualize": ["visualize", "clip.mp4", "--out", "merged.png", "--model", NAME],
+    "demo": ["demo", "--model", NAME],
+    "serve": ["serve", "--model", NAME],
+    "convert": ["convert", NAME, "out"],
+    "evaluate": ["evaluate", "--model", NAME],
+    "flops": ["flops", "--model", NAME],
+}
 
 
-@pytest.mark.parametrize("command", ["answer", "convert"])
-def test_a_hub_that_does_not_answer_is_asked_once_and_that_is_said_in_one_line(demo, tmp_path, command):
-    name = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
-    arguments = {
-        "answer": ["answer", str(demo / "clip.mp4"), "?", "--model", name],
-        "convert": ["convert", name, str(tmp_path / "out")],
-    }[command]
+@pytest.fixture
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+def refusal(arguments: list[str], folder: Path, endpoint: str) -> str:
+    """The one line that a command ends with, soon, and before anything heavy is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": UNREACHABLE, "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")}
     run = subprocess.run(
-        [sys.executable, "-c", TIMED, *arguments], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", TIMED, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        check=False,
     )
     assert run.returncode == 1, run.stderr
     [line] = run.stderr.strip().splitlines()
     assert line.startswith("error: ")
+    seconds, *heavy = run.stdout.split()
+    assert heavy == []
+    assert float(seconds) < 5
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_hub_that_does_not_answer_is_said_in_one_line_before_torch_is_imported(tmp_path, command):
+    line = refusal(COMMANDS[command], tmp_path, UNREACHABLE)
     assert "the Hub does not answer" in line
-    assert f"{name} is not in the local cache" in line
-    assert float(run.stdout.split("TOOK ")[1]) < 5
+    assert f"{NAME} is not in the local cache" in line
+
+
+def test_a_hub_that_takes_requests_and_never_answers_costs_its_seconds_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        line = refusal(COMMANDS["answer"], tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert "the Hub does not answer" in line
+
+
+@pytest.mark.parametrize("name", ["user/nothing", "./nothing", "a/b/c", "nothing here"])
+def test_a_model_that_is_nowhere_is_said_in_one_line_before_torch_is_imported(tmp_path, hub, name):
+    line = refusal(["answer", "clip.mp4", "?", "--model", name], tmp_path, hub.url)
+    assert f"there is no folder {name} here and no such repository on the Hub" in line
+
+
+def test_a_repository_without_a_config_is_no_checkpoint(tmp_path, hub):
+    hub.repositories["user/data"] = Repository(snapshots=[{"README.md": b"data"}])
+    line = refusal(["answer", "clip.mp4", "?", "--model", "user/data"], tmp_path, hub.url)
+    assert line.endswith("user/data has no config.json, and so is no checkpoint")
+
+
+def test_the_base_of_a_checkpoint_without_weights_is_asked_for_too(tmp_path, hub):
+    settings = {"base_model_name_or_path": "user/base"}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"holitom_config": settings}))
+    line = refusal(["answer", "clip.mp4", "?", "--model", "model"], tmp_path, hub.url)
+    assert "model takes its weights from 'user/base', and there is no folder user/base here" in line
+
+
+def test_the_command_line_knows_every_size_that_can_be_measured():
+    assert set(SIZES) == set(ARCHITECTURES)
 
 
 def test_a_hub_that_never_answers_costs_its_seconds_once(demo, monkeypatch):
-    from holitom_hf.checkpoints import reading
-
     asked = []
 
     def hang(url, timeout):
         asked.append(url)
         time.sleep(2)
 
-    monkeypatch.setattr(reading, "get_hf_file_metadata", hang)
-    monkeypatch.setattr(reading, "SECONDS", 0.1)
+    monkeypatch.setattr(hub_module, "get_hf_file_metadata", hang)
+    monkeypatch.setattr(hub_module, "SECONDS", 0.1)
     start = time.perf_counter()
     with pytest.raises(OSError, match=r"the Hub does not answer \(no answer\)"):
         Answerer("user/none", device="cpu")

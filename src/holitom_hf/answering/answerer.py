@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from transformers import BatchFeature, TextStreamer
 
-from ..checkpoints.reading import hub_options, load_whole
+from ..checkpoints.hub import hub_options
+from ..checkpoints.reading import load_whole
 from ..configuration import HoliTomConfig
 from ..models.registry import backbone_class, backbone_of
 from .savings import cache_bytes, row_savings
@@ -113,6 +114,7 @@ class Answerer:
         retention_ratio: float | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        hub: dict | None = None,
     ):
         """
         Loads the processor; the weights follow with `load_model`, so that a bad video is found out before.
@@ -123,6 +125,7 @@ class Answerer:
             retention_ratio: Replaces that of the settings.
             device: `"cpu"`, `"cuda"`, ..., or `"auto"`.
             dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+            hub: What [`hub_options`] said of the model; `None`: it is asked here.
 
         Raises:
             OSError, ValueError: If the checkpoint can't be read (a Hub that does not answer is asked once), or the
@@ -139,7 +142,7 @@ class Answerer:
         self.name, self.dtype = model, dtype
         kwargs = {} if settings is None else {"holitom_config": settings}
         with self._naming_the_model():
-            self.hub_options = hub_options(model)
+            self.hub_options = hub_options(model) if hub is None else hub
             self.backbone = backbone_of(model, **self.hub_options)
             self.config = backbone_class(self.backbone, "config").from_pretrained(model, **kwargs, **self.hub_options)
             self.processor = backbone_class(self.backbone, "processor").from_pretrained(model, **self.hub_options)

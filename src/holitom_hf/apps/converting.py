@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from ..checkpoints.checkpoint import base_model_of
-from ..checkpoints.reading import hub_options, load_whole
+from ..checkpoints.reading import load_whole
 from ..configuration import HoliTomConfig
 from ..models.registry import backbone_class, backbone_of
 
@@ -21,6 +21,7 @@ def write_checkpoint(
     settings: HoliTomConfig | None,
     retention_ratio: float | None,
     config_only: bool,
+    hub: dict,
 ) -> None:
     """
     Writes a checkpoint of ours from any checkpoint of a backbone that is here.
@@ -31,12 +32,12 @@ def write_checkpoint(
         settings: Compression settings; `None` keeps the base's, or takes the defaults.
         retention_ratio: Replaces that of the settings.
         config_only: Write no weights; they stay in `base`, and are not even read.
+        hub: What [`hub_options`] said of `base`.
 
     Raises:
         OSError, ValueError: If `base` can't be read, lacks weights, or is of another architecture.
     """
     kwargs = {} if settings is None else {"holitom_config": settings}
-    hub = hub_options(base)
     backbone = backbone_of(base, **hub)
     model_class = backbone_class(backbone, "generation")
     config = backbone_class(backbone, "config").from_pretrained(base, **kwargs, **hub)

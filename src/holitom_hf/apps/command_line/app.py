@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ...bundled import BUNDLED_ABOUT, BUNDLED_NAME, model_name
+from ...bundled import BUNDLED_ABOUT, BUNDLED_NAME
 from .measuring import app as measuring
 from .options import (
     Device,
@@ -28,6 +28,7 @@ from .options import (
     Port,
     Preset,
     RetentionRatio,
+    find_model,
     one_line_errors,
     quiet,
     settings_of,
@@ -75,12 +76,13 @@ def answer(
         return contextlib.nullcontext() if as_json else console.status(text)
 
     with one_line_errors():
+        name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         with step("Loading torch and transformers"):
             from ...answering.answerer import Answerer, TextPrinter
         quiet()
         with step("Decoding the video"):
-            answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+            answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
             inputs = answerer.prepare(video, question, num_frames=frames)
         with step(f"Loading {model}"):
             answerer.load_model()
@@ -139,6 +141,7 @@ def batch(
 ) -> None:
     """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
     with one_line_errors():
+        name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         from ..batch.inputs import input_ids, read_inputs
 
@@ -155,7 +158,7 @@ def batch(
         if state.num_processes > 1:
             _end_with_launcher()
             device = str(state.device) if device == "auto" else device
-        answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+        answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
         run = run_name(answerer, frames=frames, max_new_tokens=max_new_tokens, question=question)
         records = BatchRecords(output, run)
         if state.is_main_process:
@@ -204,13 +207,14 @@ def visualize(
 ) -> None:
     """Shows segments, and which tokens of a video are kept, merged and dropped."""
     with one_line_errors():
+        name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         try:
             from ..picture_files import QUESTION, view_merging, writer_for
         except ModuleNotFoundError as error:
             raise ImportError(f"pictures need {error.name}: pip install 'holitom-hf[plots]'") from error
         write = writer_for(out)
-        answerer = _loaded(model, settings, retention_ratio, device, dtype)
+        answerer = _loaded(name, hub, settings, retention_ratio, device, dtype)
         view = view_merging(answerer, video, frames, question or QUESTION)
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".holitom.") as folder:
@@ -237,12 +241,13 @@ def demo(
 ) -> None:
     """Starts a web page that answers with and without HoliTom, side by side."""
     with one_line_errors():
+        name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         try:
             from ..web_page import LAUNCH_OPTIONS, build_app
         except ModuleNotFoundError as error:
             raise ImportError(f"the web page needs {error.name}: pip install 'holitom-hf[demo]'") from error
-        answerer = _loaded(model, settings, retention_ratio, device, dtype)
+        answerer = _loaded(name, hub, settings, retention_ratio, device, dtype)
         page = build_app(answerer, BUNDLED_ABOUT if model == BUNDLED_NAME else "", frames)
         page.launch(server_name=host, server_port=port, **LAUNCH_OPTIONS)
 
@@ -282,6 +287,7 @@ def serve(
 ) -> None:
     """Starts an OpenAI-compatible server for one compressed model."""
     with one_line_errors():
+        name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         try:
             from ..serving.limits import ServingLimits
@@ -306,7 +312,7 @@ def serve(
         sources = MediaSources(
             allowed_local_media_path, allowed_media_domains or (), max_media_bytes, max_fetch_seconds
         )
-        answerer = _loaded(model, settings, retention_ratio, device, dtype)
+        answerer = _loaded(name, hub, settings, retention_ratio, device, dtype)
         run_server(answerer, model, host, port, frames, limits, sources, allowed_hosts or (), api_key)
 
 
@@ -325,17 +331,17 @@ def convert(
     with one_line_errors():
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise ValueError(f"{out} exists and is not an empty folder: choose another")
+        base, hub = find_model(base)
         settings = settings_of(preset, retention_ratio)
         from ...checkpoints.writing import is_local
         from ..converting import write_checkpoint
 
         quiet()
-        base = model_name(base)
         start = time.perf_counter()
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
             # Written beside, then moved: what stands under the name is never half a checkpoint.
-            write_checkpoint(base, Path(folder), settings, retention_ratio, config_only)
+            write_checkpoint(base, Path(folder), settings, retention_ratio, config_only, hub)
             if out.is_dir():
                 out.rmdir()
             os.chmod(folder, 0o755)
@@ -347,12 +353,12 @@ def convert(
             print(f"Its weights stay in {os.path.abspath(base)}: only this machine can load it.", file=sys.stderr)
 
 
-def _loaded(model: str, settings, retention_ratio: float | None, device: str, dtype: str):
+def _loaded(name: str, hub: dict, settings, retention_ratio: float | None, device: str, dtype: str):
     """An `Answerer` with its weights."""
     quiet()
     from ...answering.answerer import Answerer
 
-    answerer = Answerer(model_name(model), settings, retention_ratio, device=device, dtype=dtype)
+    answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
     answerer.load_model()
     return answerer
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ...bundled import BUNDLED_NAME, model_name
+from ...bundled import BUNDLED_NAME
 from .options import (
     Device,
     Dtype,
@@ -16,6 +16,7 @@ from .options import (
     Model,
     Preset,
     RetentionRatio,
+    find_model,
     one_line_errors,
     progress_bar,
     quiet,
@@ -24,6 +25,7 @@ from .options import (
 
 
 app = typer.Typer()
+SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
 # Options that the benchmarks share.
 Redundancy = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of synthetic tokens that repeat.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; default: torch's.")]
@@ -64,6 +66,7 @@ def evaluate(
 ) -> None:
     """Accuracy against FLOPs on drawn video questions, for HoliTom and the methods it competes with."""
     with one_line_errors():
+        name, hub = find_model(model)
         from ...bundled.questions import read_set, write_set
         from ...evaluation.methods import RETENTION_RATIOS, ROWS, ablation_runs, method_runs
 
@@ -72,7 +75,7 @@ def evaluate(
         from ...evaluation.report import summarize, write_report
         from ...evaluation.running import evaluate as answer_all
 
-        answerer = Answerer(model_name(model), device=device, dtype=dtype)
+        answerer = Answerer(name, device=device, dtype=dtype, hub=hub)
         own = answerer.config.holitom_config
         runs = method_runs(own, methods or list(ROWS), retention_ratios or list(RETENTION_RATIOS))
         if ablations:
@@ -101,20 +104,18 @@ def flops(
 ) -> None:
     """Operations of a prompt up to its first token: by the paper's formula, and exactly."""
     with one_line_errors():
+        name, hub = (model, {}) if model in SIZES else find_model(model)
         settings = settings_of(preset, retention_ratio)
         quiet()
-        from ...benchmarking.architectures import ARCHITECTURES, architecture
+        from ...benchmarking.architectures import architecture
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
-        from ...checkpoints.reading import hub_options
         from ...models.registry import backbone_class, backbone_of
 
-        if model in ARCHITECTURES:
+        if model in SIZES:
             config = architecture(model, settings)
         else:
             options = {} if settings is None else {"holitom_config": settings}
-            name = model_name(model)
-            hub = hub_options(name)
             config = backbone_class(backbone_of(name, **hub), "config").from_pretrained(name, **options, **hub)
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from typer.core import TyperCommand
 
+from ...bundled import model_name
 from ...presets import preset_files
 
 
@@ -56,6 +57,17 @@ def one_line_errors():
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         raise typer.Exit(130) from error
+
+
+def find_model(model: str) -> tuple[str, dict]:
+    """
+    Folder or Hub repository that `--model` means, and the options to load it with. To be called before anything that
+    imports torch, which takes longer than to hear that there is no such model.
+    """
+    from ...checkpoints.hub import hub_options
+
+    name = model_name(model)
+    return name, hub_options(name)
 
 
 def settings_of(preset: str | None, retention_ratio: float | None):
