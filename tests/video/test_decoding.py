@@ -266,7 +266,7 @@ class TestBadFiles:
     def test_an_empty_file(self, tmp_path):
         (tmp_path / "empty.mp4").touch()
         self.check(tmp_path / "empty.mp4", ValueError, r"'.*empty\.mp4' is empty \(0 bytes\)")
-        self.check(b"", ValueError, r"the video passed as bytes is empty")
+        self.check(b"", ValueError, r"the file passed as bytes is empty")
 
     def test_a_file_that_is_no_video(self, tmp_path):
         (tmp_path / "text.mp4").write_text("This is no video. " * 100)
@@ -299,7 +299,7 @@ class TestBadFiles:
         self.check(path, ValueError, r"none\.mkv' (has no frame that can be decoded|can't be read as a video)")
 
     def test_a_url_that_is_not_there_or_cannot_be_reached(self, server):
-        self.check(f"{server}/no.mp4", OSError, r"the video at 'http.*no\.mp4' can't be downloaded: .*404")
+        self.check(f"{server}/no.mp4", OSError, r"the file at 'http.*no\.mp4' can't be downloaded: .*404")
         self.check("http://127.0.0.1:9/clip.mp4", OSError, r"can't be downloaded")
 
     def test_a_size_that_changes(self, tmp_path):

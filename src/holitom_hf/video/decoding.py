@@ -62,11 +62,11 @@ def read_video(
         ValueError: If the file is empty, cut off or no video, has no video stream or no frame, or more than
             `limits` allow.
     """
-    name = _name_of(video)
+    name = name_of(video)
     if limits is None:
-        is_strange = isinstance(video, (bytes, bytearray)) or _is_url(video)
+        is_strange = isinstance(video, (bytes, bytearray)) or is_url(video)
         limits = VideoLimits() if is_strange else LOCAL_LIMITS
-    source, size = _open_source(video, name, limits)
+    source, size = open_source(video, name, limits)
     try:
         limits.check(name, "bytes", size, limits.max_bytes)
         with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
@@ -354,32 +354,47 @@ def _picture(frame: av.VideoFrame) -> torch.Tensor:
     return torch.rot90(picture, quarters, dims=(0, 1)) if quarters else picture
 
 
-def _is_url(video: VideoFile) -> bool:
+def is_url(video: VideoFile) -> bool:
+    """Whether a file is named by its address."""
     return isinstance(video, str) and video.startswith(("http://", "https://", "data:"))
 
 
-def _name_of(video: VideoFile) -> str:
+def name_of(video: VideoFile) -> str:
+    """What errors call a file."""
     if isinstance(video, str) and video.startswith("data:"):
-        return "the video passed as a data URL"
+        return "the file passed as a data URL"
     if isinstance(video, (str, os.PathLike)):
         return repr(os.fspath(video))
-    return repr(video.name) if isinstance(getattr(video, "name", None), str) else "the video passed as bytes"
+    return repr(video.name) if isinstance(getattr(video, "name", None), str) else "the file passed as bytes"
 
 
-def _open_source(video: VideoFile, name: str, limits: VideoLimits) -> tuple[str | io.IOBase, int]:
-    """What PyAV opens, and its size in bytes."""
+def open_source(video: VideoFile, name: str, limits: VideoLimits, kind: str = "video") -> tuple[str | io.IOBase, int]:
+    """
+    What PyAV or Pillow opens, a path or a file object, and its size in bytes.
+
+    Args:
+        video: The file.
+        name: What errors call it.
+        limits: Of its bytes, if they must be taken to know how many there are.
+        kind: What it should be.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If a URL can't be read.
+        ValueError: If it is empty, or holds more bytes than `limits` allow.
+    """
     if isinstance(video, str) and video.startswith("data:"):
         video = decode_data_url(video)
     if isinstance(video, (bytes, bytearray)):
         video = io.BytesIO(video)
-    elif _is_url(video):
+    elif is_url(video):
         video = _download(video, limits)
     elif isinstance(video, (str, os.PathLike)):
         path = Path(video)
         if path.is_dir():
-            raise ValueError(f"{name} is a folder: pass a video file")
+            raise ValueError(f"{name} is a folder: pass a {kind} file")
         if not path.exists():
-            raise FileNotFoundError(f"there is no video file {name}")
+            raise FileNotFoundError(f"there is no {kind} file {name}")
         size = path.stat().st_size
         if size == 0:
             raise ValueError(f"{name} is empty (0 bytes)")
@@ -398,11 +413,11 @@ def decode_data_url(url: str) -> bytes:
     """What stands in `data:video/mp4;base64,...`."""
     head, comma, content = url.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise ValueError("the video's data URL must look like data:video/mp4;base64,...")
+        raise ValueError("a data URL must look like data:video/mp4;base64,...")
     try:
         return base64.b64decode(content, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"the video's data URL is no base64: {error}") from error
+        raise ValueError(f"a data URL is no base64: {error}") from error
 
 
 def _download(url: str, limits: VideoLimits) -> io.IOBase:
@@ -423,6 +438,6 @@ def _download(url: str, limits: VideoLimits) -> io.IOBase:
                     raise ValueError(f"it takes more than {limits.max_seconds:.0f} s")
     except Exception as error:
         file.close()
-        raise OSError(f"the video at {url!r} can't be downloaded: {' '.join(str(error).split())}") from error
+        raise OSError(f"the file at {url!r} can't be downloaded: {' '.join(str(error).split())}") from error
     file.seek(0)
     return file

@@ -76,3 +76,6 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,gif,apng,mpeg,mpegts,mpegvideo,ogg,asf,wtv,mxf,nut,ivf,"
     "av1,obu,h264,hevc,vvc,m4v,mjpeg,vc1,dv,rm,yuv4mpegpipe"
 )
+
+# Pillow's formats that hold a picture and run nothing.
+PICTURES = ("BMP", "GIF", "JPEG", "PNG", "WEBP")

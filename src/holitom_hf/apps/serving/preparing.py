@@ -12,13 +12,13 @@ from transformers import BatchFeature
 
 from ...answering.answerer import Answerer
 from ...video.decoding import read_video
+from ...video.limits import PICTURES
 from .generating import check
 from .limits import ServingLimits
 from .requests import ChatRequest, ImagePart, TextPart, VideoPart
 from .work import Work
 
 
-PICTURES = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 LETTERS_PER_TOKEN = 16  # more than any language has: what is longer is not even cut into tokens
 
 

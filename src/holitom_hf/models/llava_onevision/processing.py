@@ -1,6 +1,7 @@
 """From video files and text to the model's inputs."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from transformers.video_utils import VideoInput, VideoMetadata, make_batched_vid
 
 from ...checkpoints.checkpoint import base_model_of
 from ...checkpoints.remote_code import save_remote_code
+from ...checkpoints.writing import written_aside
 from ...video.decoding import is_video_file, read_video
+from ...video.frame_files import read_frames
 from .backbone import BACKBONE
 
 
@@ -47,7 +50,8 @@ class HoliTomVideoProcessor(LlavaOnevisionVideoProcessor):
 
         Args:
             videos: A video or a list: path, URL, bytes, binary file object; (F, C, H, W) or (F, H, W, C) array or
-                tensor; list of PIL images.
+                tensor; list of PIL images. As upstream has it, `[[[file, ...]]]`, what a chat template makes of a
+                list of files, is one video with an image file for each frame; in flatter lists each file is a video.
             kwargs: As upstream. A `num_frames` that is passed must not exceed what a video has; the processor's own
                 is the most that is taken.
 
@@ -88,7 +92,13 @@ class HoliTomVideoProcessor(LlavaOnevisionVideoProcessor):
 
         decoded, metadata = [], []
         for video in _flat(videos):
-            if is_video_file(video):
+            if _is_image_files(video):
+                if do_sample_frames:
+                    raise ValueError(
+                        "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`."
+                    )
+                frames, found = read_frames(video)
+            elif is_video_file(video):
                 frames, found = read_video(video, indices)
             else:
                 frames = video
@@ -150,11 +160,9 @@ class HoliTomVideoProcessor(LlavaOnevisionVideoProcessor):
             "auto_map": {"AutoVideoProcessor": BACKBONE.auto_map()["AutoVideoProcessor"]},
         }
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Overrides VideoProcessorMixin.save_pretrained: the code is written beside the settings."""
-        os.makedirs(save_directory, exist_ok=True)
-        save_remote_code(save_directory, BACKBONE)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Overrides VideoProcessorMixin.save_pretrained: aside first, with the code beside the settings."""
+        return _save_with_code(super().save_pretrained, save_directory, push_to_hub, **kwargs)
 
 
 class HoliTomProcessor(LlavaOnevisionProcessor):
@@ -231,27 +239,41 @@ class HoliTomProcessor(LlavaOnevisionProcessor):
         auto_map = {name: BACKBONE.auto_map()[name] for name in ("AutoProcessor", "AutoVideoProcessor")}
         return super().to_dict() | {"processor_class": LlavaOnevisionProcessor.__name__, "auto_map": auto_map}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Overrides ProcessorMixin.save_pretrained: the code is written beside the settings."""
-        os.makedirs(save_directory, exist_ok=True)
-        save_remote_code(save_directory, BACKBONE)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Overrides ProcessorMixin.save_pretrained: aside first, with the code beside the settings."""
+        return _save_with_code(super().save_pretrained, save_directory, push_to_hub, **kwargs)
+
+
+def _save_with_code(save, save_directory, push_to_hub: bool, **kwargs) -> list[str]:
+    """Upstream's `save` into a folder of its own, and the code."""
+    if push_to_hub:
+        kwargs.setdefault("repo_id", Path(save_directory).name)
+    with written_aside(save_directory) as folder:
+        save_remote_code(folder, BACKBONE)
+        files = save(folder, push_to_hub=push_to_hub, **kwargs)
+    return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files]
 
 
 def has_video_file(videos) -> bool:
-    """Whether anything in a (nested) list of videos has to be decoded; a list of image files has not."""
-    return any(is_video_file(video) for video in _flat(videos))
+    """Whether anything in a (nested) list of videos has to be decoded."""
+    return any(is_video_file(video) or _is_image_files(video) for video in _flat(videos))
 
 
-def _flat(videos) -> list:
-    """The videos of a nested list; a list of frames is one video."""
+def _flat(videos, depth: int = 0) -> list:
+    """The videos of a nested list; a list of frames is one video, as one of image files is in a chat of a batch."""
     if videos is None:
         return []
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if not videos or not (isinstance(videos[0], (list, tuple)) or is_video_file(videos[0]) or _is_frames(videos[0])):
         return [videos]  # a list of images: one video
-    return [flat for video in videos for flat in _flat(video)]
+    if depth == 2 and _is_image_files(videos):
+        return [videos]
+    return [flat for video in videos for flat in _flat(video, depth + 1)]
+
+
+def _is_image_files(video) -> bool:
+    return isinstance(video, (list, tuple)) and len(video) > 0 and all(map(is_video_file, video))
 
 
 def _is_frames(video) -> bool:
