@@ -1,5 +1,8 @@
 """What a checkpoint is: saved, loaded, wrapped, with and without its weights, with and without this package."""
 
+import copy
+import functools
+import itertools
 import json
 import logging
 import os
@@ -19,10 +22,13 @@ from holitom_hf import (
     HoliTomLlavaOnevisionConfig,
     HoliTomLlavaOnevisionForConditionalGeneration,
     HoliTomLlavaOnevisionModel,
+    HoliTomProcessor,
     HoliTomQwen2Model,
 )
 from holitom_hf.bundled.tiny_model import tiny_processor
+from holitom_hf.checkpoints.hub import hub_options
 from holitom_hf.checkpoints.model_card import model_card
+from holitom_hf.checkpoints.writing import BROKEN_OFF, written_aside
 
 from ..conftest import make_prompt, make_video
 
@@ -353,6 +359,31 @@ model.save_pretrained(folder, max_shard_size="40KB" if what == "second" else "1G
 """
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def stop_at(monkeypatch, folder: Path, number: int) -> None:
+    """Raises in place of the change of `folder` that has this number."""
+    changes, replace, unlink = itertools.count(), os.replace, Path.unlink
+
+    def count():
+        if next(changes) == number:
+            raise KeyboardInterrupt
+
+    def counted_replace(source, target):
+        count()
+        replace(source, target)
+
+    def counted_unlink(path, *args, **kwargs):
+        if path.parent == folder:
+            count()
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "replace", counted_replace)
+    monkeypatch.setattr(Path, "unlink", counted_unlink)
+
+
 class TestSaving:
     @pytest.mark.parametrize("what", ["first", "second"])
     def test_a_save_that_is_killed_leaves_the_checkpoint_as_it_was(self, checkpoint, tmp_path, what):
@@ -363,6 +394,113 @@ class TestSaving:
         assert run.returncode == -9
         assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
         load(HoliTomLlavaOnevisionForConditionalGeneration, folder)
+
+    def saves(self, model, checkpoint) -> dict:
+        """Ways to save something else over a checkpoint."""
+        other = HoliTomLlavaOnevisionForConditionalGeneration(copy.deepcopy(model.config))
+        other.config.holitom_config.retention_ratio = 0.77
+        small = copy.deepcopy(other)
+        small.config.holitom_config.base_model_name_or_path = str(checkpoint)
+        processor = HoliTomProcessor.from_pretrained(checkpoint)
+        processor.video_processor.num_frames = 3
+        return {
+            "model": other.save_pretrained,
+            "shards": functools.partial(other.save_pretrained, max_shard_size="40KB"),
+            "config_only": functools.partial(small.save_pretrained, config_only=True),
+            "processor": processor.save_pretrained,
+            "video_processor": processor.video_processor.save_pretrained,
+        }
+
+    def loaders(self):
+        return (
+            HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained,
+            HoliTomProcessor.from_pretrained,
+            LlavaOnevisionForConditionalGeneration.from_pretrained,
+        )
+
+    @pytest.mark.parametrize("who", ["model", "shards", "config_only", "processor", "video_processor"])
+    def test_a_folder_is_the_old_or_the_new_or_refused_wherever_its_renaming_stops(
+        self, model, checkpoint, tmp_path, monkeypatch, who
+    ):
+        """At every step that changes a folder: renaming into it, renaming out of it, removing from it."""
+        self.saves(model, checkpoint)[who](tmp_path / "fresh")
+        shutil.copytree(checkpoint, tmp_path / "old")
+        for file in (tmp_path / "old").glob("*.py"):  # of an earlier version
+            file.write_text("old")
+
+        def save(folder):
+            with written_aside(folder) as aside:
+                shutil.copytree(tmp_path / "fresh", aside, dirs_exist_ok=True)
+
+        shutil.copytree(tmp_path / "old", tmp_path / "new")
+        save(tmp_path / "new")
+        old, new = content(tmp_path / "old"), content(tmp_path / "new")
+        assert old != new
+        num_refused = 0
+        for stop in itertools.count():
+            folder = tmp_path / f"folder-{stop}"
+            shutil.copytree(tmp_path / "old", folder)
+            with monkeypatch.context() as patched:
+                stop_at(patched, folder, stop)
+                try:
+                    save(folder)
+                    break
+                except KeyboardInterrupt:
+                    pass
+            if content(folder) in (old, new):
+                continue
+            num_refused += 1
+            for load_any in self.loaders():
+                with pytest.raises(OSError, match=r"config\.json"):
+                    load_any(folder)
+            assert list(folder.glob(".saving.*"))
+            save(folder)
+            # Not even then is a model whose code was changed the old one, nor the new.
+            is_model = (tmp_path / "fresh" / "config.json").exists()
+            assert content(folder) == new | ({} if is_model else {"config.json": BROKEN_OFF.encode()})
+        assert num_refused > 3
+        assert content(folder) == new
+        assert not list(folder.glob(".*"))
+
+    def test_a_processor_whose_save_is_broken_off_leaves_the_model(self, model, checkpoint, tmp_path, monkeypatch):
+        shutil.copytree(checkpoint, tmp_path / "folder")
+        with monkeypatch.context() as patched:
+            stop_at(patched, tmp_path / "folder", 5)
+            with pytest.raises(KeyboardInterrupt):
+                self.saves(model, checkpoint)["processor"](tmp_path / "folder")
+        load(HoliTomLlavaOnevisionForConditionalGeneration, tmp_path / "folder")
+        with pytest.raises(OSError, match=r"processor_config\.json"):
+            HoliTomProcessor.from_pretrained(tmp_path / "folder")
+
+    @pytest.mark.parametrize("who", ["model", "config_only"])
+    def test_a_save_that_is_broken_off_says_so(self, model, checkpoint, tmp_path, monkeypatch, who):
+        folder = tmp_path / "folder"
+        shutil.copytree(checkpoint, folder)
+        save = self.saves(model, checkpoint)[who]
+        with monkeypatch.context() as patched:
+            stop_at(patched, folder, 5)
+            with pytest.raises(KeyboardInterrupt):
+                save(folder)
+        with pytest.raises(ValueError, match=r"must hold one JSON object \(a save into it was broken off: save again"):
+            hub_options(str(folder))
+        assert "broken off" in (folder / "config.json").read_text()
+        for load_any in self.loaders():
+            with pytest.raises(OSError, match=r"config\.json"):
+                load_any(folder)
+
+    def test_an_error_before_all_is_written_leaves_a_folder_as_it_was(self, checkpoint, tmp_path, monkeypatch):
+        shutil.copytree(checkpoint, tmp_path / "folder")
+        processor = HoliTomProcessor.from_pretrained(checkpoint)
+        processor.video_processor.num_frames = 3
+        monkeypatch.setattr(processor.tokenizer, "save_pretrained", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            processor.save_pretrained(tmp_path / "folder")
+        assert content(tmp_path / "folder") == content(checkpoint)
+        assert not list((tmp_path / "folder").glob(".*"))
+
+    def test_a_processor_says_what_it_wrote(self, checkpoint, tmp_path):
+        processor = HoliTomProcessor.from_pretrained(checkpoint)
+        assert processor.save_pretrained(tmp_path / "a") == [str(tmp_path / "a" / "processor_config.json")]
 
     def test_whole_weights_replace_shards_and_shards_replace_them(self, model, tmp_path):
         other = HoliTomLlavaOnevisionForConditionalGeneration(model.config)

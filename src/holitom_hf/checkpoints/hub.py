@@ -73,11 +73,12 @@ def _base_of(checkpoint: str, options: dict) -> str | None:
         file = Path(checkpoint, CONFIG_NAME) if is_folder else hf_hub_download(checkpoint, CONFIG_NAME, **options)
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except (FileNotFoundError, EntryNotFoundError) as error:
-        raise OSError(f"{checkpoint} has no {CONFIG_NAME}, and so is no checkpoint") from error
+        raise OSError(f"{checkpoint} has no {CONFIG_NAME}: it is no checkpoint") from error
     except (UnicodeDecodeError, json.JSONDecodeError):
         values = None
     if not isinstance(values, dict):
-        raise ValueError(f"{CONFIG_NAME} of {checkpoint} must hold one JSON object")
+        why = " (a save into it was broken off: save again)" if any(Path(checkpoint).glob(".saving.*")) else ""
+        raise ValueError(f"{CONFIG_NAME} of {checkpoint} must hold one JSON object{why}")
     settings = values.get("holitom_config")
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"holitom_config in {CONFIG_NAME} of {checkpoint} must be an object, got {settings!r}")
