@@ -82,14 +82,13 @@ def test_a_broken_checkpoint_is_refused_in_one_line_and_nothing_is_written(demo,
 
 
 UNREACHABLE = "http://127.0.0.1:9"  # where nothing listens
-TIMED = """
-import sys, time
-start = time.perf_counter()
+RUN = """
+import sys
 from holitom_hf.apps.command_line.app import app
 try:
     app(sys.argv[1:], standalone_mode=True)
 finally:
-    print(time.perf_counter() - start, *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
+    print(*(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
 """
 NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
 COMMANDS = {
@@ -111,11 +110,11 @@ def hub():
 
 
 def refusal(arguments: list[str], folder: Path, endpoint: str) -> str:
-    """The one line that a command ends with, soon, and before anything heavy is imported."""
+    """The one line that a command ends with, before anything heavy is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")}
     run = subprocess.run(
-        [sys.executable, "-c", TIMED, *arguments],
+        [sys.executable, "-c", RUN, *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -125,9 +124,7 @@ def refusal(arguments: list[str], folder: Path, endpoint: str) -> str:
     assert run.returncode == 1, run.stderr
     [line] = run.stderr.strip().splitlines()
     assert line.startswith("error: ")
-    seconds, *heavy = run.stdout.split()
-    assert heavy == []
-    assert float(seconds) < 5
+    assert run.stdout.split() == []
     return line
 
 
@@ -138,9 +135,13 @@ def test_a_hub_that_does_not_answer_is_said_in_one_line_before_torch_is_imported
     assert f"{NAME} is not in the local cache" in line
 
 
-def test_a_hub_that_takes_requests_and_never_answers_costs_its_seconds_once(tmp_path):
+def test_a_hub_that_takes_a_request_and_never_answers_is_asked_once(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         line = refusal(COMMANDS["answer"], tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
     assert "the Hub does not answer" in line
 
 
@@ -153,7 +154,7 @@ def test_a_model_that_is_nowhere_is_said_in_one_line_before_torch_is_imported(tm
 def test_a_repository_without_a_config_is_no_checkpoint(tmp_path, hub):
     hub.repositories["user/data"] = Repository(snapshots=[{"README.md": b"data"}])
     line = refusal(["answer", "clip.mp4", "?", "--model", "user/data"], tmp_path, hub.url)
-    assert line.endswith("user/data has no config.json, and so is no checkpoint")
+    assert line.endswith("user/data has no config.json: it is no checkpoint")
 
 
 def test_the_base_of_a_checkpoint_without_weights_is_asked_for_too(tmp_path, hub):
