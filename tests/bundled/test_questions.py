@@ -1,5 +1,6 @@
 """Questions about drawn clips: right, balanced, the same for the same seed, and readable from real files."""
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 
@@ -11,6 +12,7 @@ from holitom_hf.bundled.questions import (
     NUM_FRAMES,
     NUMBERS,
     QUESTION_TYPES,
+    SPLITS,
     DrawnVideoQuestions,
     ask,
     draw_set,
@@ -18,7 +20,7 @@ from holitom_hf.bundled.questions import (
     uniform_times,
     write_set,
 )
-from holitom_hf.bundled.scenes import COLORS, Clip, Scene, Shape
+from holitom_hf.bundled.scenes import COLORS, HELD_OUT, Clip, Scene, Shape
 from holitom_hf.video.decoding import read_video
 
 
@@ -106,6 +108,36 @@ def test_a_set_is_the_same_for_the_same_seed_and_another_for_another():
     assert texts[:50] != [(q.text, q.answer) for _, asked in draw_set(50, split="train") for q in asked]
 
 
+def test_the_test_set_is_the_one_that_published_figures_are_about():
+    drawn = list(draw_set(1000))
+    assert len(drawn) == 213
+    lines = [
+        (
+            [(scene.texture, round(float(scene.interval[1]), 6), scene.seed) for scene in clip.scenes],
+            [(shape.name, shape.behavior, shape.knots.round(6).tolist()) for shape in clip.shapes],
+            [(question.text, question.answer) for question in asked],
+        )
+        for clip, asked in drawn
+    ]
+    digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    assert digest == "c263addeceb456744c3ea6ecbfd05720f2e9fd8fb2aa6f658eba2a0b49bcd98e"
+
+
+def test_no_clip_of_one_split_is_in_another():
+    clips = {
+        split: {clip.render(TIMES[:1], 112).tobytes() for seed in (0, 1) for clip, _ in draw_set(200, split, seed)}
+        for split in SPLITS
+    }
+    assert all(len(found) > 40 for found in clips.values())
+    assert sum(map(len, clips.values())) == len(set().union(*clips.values()))
+
+
+def test_held_out_combinations_are_kept_from_training_alone():
+    for split in SPLITS:
+        names = {(s.color, s.shape) for clip, _ in draw_set(300, split) for s in clip.shapes}
+        assert bool(names & HELD_OUT) == (split != "train"), split
+
+
 def test_types_are_balanced_and_no_answer_is_the_rule():
     counts = Counter(q.type for _, asked in TEST_SET for q in asked)
     assert sum(counts.values()) == 600
@@ -160,7 +192,7 @@ def test_a_set_without_its_last_file_is_not_a_set(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"split": "dev"}, "split must be one of train, test, got 'dev'"),
+        ({"split": "dev"}, "split must be one of train, test, validation, got 'dev'"),
         ({"num_questions": 0}, "num_questions must be positive"),
         ({"side": 113}, "side must be even and at least 112"),
         ({"side": 64}, "side must be even and at least 112"),

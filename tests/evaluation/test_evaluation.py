@@ -265,6 +265,18 @@ def test_command_line(folder, tmp_path):
     assert "VisionZip" not in result.stdout
 
 
+def test_a_set_of_the_split_and_seed_that_are_asked_for_is_drawn(folder, tmp_path):
+    for split, seed in (("test", 0), ("validation", 3)):
+        arguments = ["--num-questions", "1", "--split", split, "--seed", str(seed), "--methods", "holitom"]
+        out = tmp_path / split
+        result = CliRunner().invoke(
+            app, ["evaluate", "--model", str(folder / "model"), "--device", "cpu", "--out", str(out), *arguments]
+        )
+        assert result.exit_code == 0, result.output
+        [drawn] = out.glob("*/questions.jsonl")
+        assert json.loads(drawn.read_text())["video"] == f"{split}-{seed}-0000.mp4"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

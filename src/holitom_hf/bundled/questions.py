@@ -24,7 +24,8 @@ QUESTION_TYPES = (
 )
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 NUM_FRAMES = 16  # that the questions about a written clip can be answered from, uniformly sampled
-SPLITS = {"train": 0, "test": 1}
+# First number of every clip's seed. Whatever is chosen is chosen on validation, which is drawn as test is.
+SPLITS = {"train": 0, "test": 1, "validation": 2}
 
 TEMPLATES = {
     "color": ("What color is the {shape}?", "Which color does the {shape} have?"),
@@ -220,7 +221,7 @@ def draw_set(num_questions: int, split: str = "test", seed: int = 0) -> Iterator
 
     Args:
         num_questions: Total number; types are balanced as far as a clip's questions allow.
-        split: `"train"` or `"test"`: seeds of the two never meet, and only test clips have held-out combinations.
+        split: One of [`SPLITS`], whose seeds never meet; no clip of `"train"` has held-out combinations.
         seed: Another seed, another set.
 
     Yields:
@@ -238,7 +239,7 @@ def draw_set(num_questions: int, split: str = "test", seed: int = 0) -> Iterator
     while (total := sum(counts.values())) < num_questions:
         random = np.random.default_rng((SPLITS[split], seed, number))
         number += 1
-        clip = random_clip(random, held_out=split == "test")
+        clip = random_clip(random, held_out=split != "train")
         questions = ask(clip, uniform_times(NUM_FRAMES), random)
         limit = min(counts.values()) + max(2, num_questions // 100)
         chosen: list[Question] = []

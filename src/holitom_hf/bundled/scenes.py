@@ -20,7 +20,7 @@ TEXTURES = ("stripes", "checks", "dots", "bricks", "waves", "plain")
 BEHAVIORS = ("stays", "moves", "grows", "shrinks", "appears", "vanishes", "collides")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-# Seen in test clips only: what a model learned about colours and shapes must combine.
+# Never seen in training: what a model learned about colours and shapes must combine.
 HELD_OUT = {("purple", "triangle"), ("yellow", "ring"), ("cyan", "cross"), ("white", "circle")}
 
 
@@ -214,7 +214,7 @@ def random_clip(random: np.random.Generator, held_out: bool = False) -> Clip:
 
     Args:
         random: Source of everything random.
-        held_out: Whether colours and shapes may meet as in [`HELD_OUT`]: in test clips, never in training.
+        held_out: Whether colours and shapes may meet as in [`HELD_OUT`]: never in training.
     """
     num_scenes = int(random.choice((1, 2, 3), p=(0.6, 0.25, 0.15)))
     cuts = [0.0, *(np.arange(1, num_scenes) / num_scenes + random.uniform(-0.06, 0.06, num_scenes - 1)), 1.0]

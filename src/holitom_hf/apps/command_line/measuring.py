@@ -26,6 +26,9 @@ from .options import (
 
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
+# Options of drawn sets.
+Split = Annotated[str, typer.Option(help="train, validation (to choose by) or test; their clips never meet.")]
+Seed = Annotated[int, typer.Option(min=0, help="Another seed, another set.")]
 # Options that the benchmarks share.
 Redundancy = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of synthetic tokens that repeat.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; default: torch's.")]
@@ -37,8 +40,8 @@ Compare = Annotated[Path | None, typer.Option(help="Earlier result: tell what go
 def questions(
     out: Annotated[Path, typer.Argument(help="Folder for the videos and questions.jsonl.")],
     num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 1000,
-    split: Annotated[str, typer.Option(help="train or test; their clips never meet.")] = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another set.")] = 0,
+    split: Split = "test",
+    seed: Seed = 0,
     side: Annotated[int, typer.Option(help="Width and height of the videos in pixels.")] = 224,
 ) -> None:
     """Draws clips with questions and exact answers, and writes them as H.264 files."""
@@ -57,6 +60,8 @@ def evaluate(
     ablations: Annotated[bool, typer.Option(help="The paper's ablations, too.")] = False,
     questions: Annotated[Path | None, typer.Option(help="A set of questions; default: one drawn into --out.")] = None,
     num_questions: Annotated[int, typer.Option(min=1, help="Size of the set that is drawn.")] = 1000,
+    split: Split = "test",
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for answers, tables and plots; a stopped run goes on.")] = Path(
         "evaluation"
     ),
@@ -80,9 +85,9 @@ def evaluate(
         runs = method_runs(own, methods or list(ROWS), retention_ratios or list(RETENTION_RATIOS))
         if ablations:
             runs += ablation_runs(own, answerer.config.text_config.num_hidden_layers)
-        folder = questions or out / "questions"
+        folder = questions or out / f"{split}-{seed}-{num_questions}"
         if questions is None and not (folder / "questions.jsonl").is_file():
-            write_set(folder, num_questions, progress=progress_bar("Writing videos"))
+            write_set(folder, num_questions, split, seed, progress=progress_bar("Writing videos"))
         asked = read_set(folder)
         answerer.load_model()
         results = answer_all(answerer, folder, asked, runs, out, batch_size, progress=progress_bar("Answering"))

@@ -18,7 +18,7 @@ CURRICULUM = (
     (0.6, (0.05, 0.15, 0.15, 0.25, 0.2, 0.2, 0, 0, 0, 0, 0)),
     (1.01, (0.03, 0.05, 0.05, 0.1, 0.14, 0.2, 0.1, 0.1, 0.18, 0.03, 0.02)),
 )
-TRAIN_SEEDS = 7  # first number of every training seed; test sets use others (video_questions.SPLITS)
+TRAIN_SEEDS = 7  # first number of every training seed; written sets use others (questions.SPLITS)
 
 
 @dataclass
