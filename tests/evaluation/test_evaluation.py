@@ -13,7 +13,7 @@ from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
 from holitom_hf.bundled.questions import write_set
 from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
-from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs
+from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs, settings_runs
 from holitom_hf.evaluation.report import check_claims, summarize, write_report
 from holitom_hf.evaluation.running import Result, evaluate, is_right
 
@@ -112,6 +112,52 @@ def test_answers_of_another_set_are_not_mixed_in(answerer, folder, asked, runs, 
     finally:
         with torch.no_grad():
             weight.div_(2)
+
+
+def test_answers_under_other_settings_of_the_same_name_are_given_anew(answerer, folder, asked, tmp_path):
+    own = answerer.config.holitom_config
+    before, after = (
+        Run("variant", replace(own, outer_method="random_tokens", retention_ratio=ratio)) for ratio in (0.5, 0.1)
+    )
+
+    def answered_with(*runs):
+        return evaluate(answerer, folder / "questions", asked[:3], list(runs), tmp_path, max_new_tokens=1)
+
+    first, second = answered_with(full_run(own), before), answered_with(full_run(own), after)
+    assert len(first) == len(second) == 6
+    assert [r.seconds for r in first if r.run == "full"] == [r.seconds for r in second if r.run == "full"]
+    lengths = [{r.id: r.tokens_outer for r in results if r.run == "variant"} for results in (first, second)]
+    assert all(lengths[1][name] < 0.5 * lengths[0][name] for name in lengths[0])
+    assert answered_with(before) == [r for r in first if r.run == "variant"]
+
+
+def test_a_model_with_other_settings_of_its_own_goes_on_with_the_same_file(answerer, folder, asked, tmp_path):
+    run = full_run(answerer.config.holitom_config)
+    first = evaluate(answerer, folder / "questions", asked[:2], [run], tmp_path, max_new_tokens=1)
+    own = answerer.config.holitom_config
+    answerer.config.holitom_config = replace(own, similarity_threshold=0.3)
+    try:
+        assert evaluate(answerer, folder / "questions", asked[:2], [run], tmp_path, max_new_tokens=1) == first
+    finally:
+        answerer.config.holitom_config = own
+
+
+def test_rows_of_any_settings_are_named_by_what_differs(answerer):
+    own = answerer.config.holitom_config
+    [one] = settings_runs(own, [{"similarity_threshold": 0.5}])
+    assert one.name == "similarity_threshold=0.5"
+    assert one.settings == replace(own, similarity_threshold=0.5)
+    several = settings_runs(own, [{}, {"outer_method": "random_tokens"}], [own.retention_ratio, 0.05])
+    assert [run.name for run in several] == [
+        "the model's own settings",
+        "retention_ratio=0.05",
+        "outer_method=random_tokens",
+        "retention_ratio=0.05, outer_method=random_tokens",
+    ]
+    assert [run.retention_ratio for run in several] == [own.retention_ratio, 0.05] * 2
+    [preset] = settings_runs(own, ["llava-onevision-7b-r10"])
+    assert "retention_ratio=0.1" in preset.name
+    assert preset.settings.retention_ratio == 0.1
 
 
 @pytest.mark.parametrize(("answer", "truth", "right"), [(" Red.", "red", True), ("red circle", "red", False)])
@@ -264,6 +310,13 @@ def test_command_line(folder, tmp_path):
         assert row in result.stdout
     assert "VisionZip" not in result.stdout
 
+    varied = [*arguments[:5], "--settings", '{"similarity_threshold": 0.5}', '{"inner_method": "none"}']
+    result = CliRunner().invoke(app, [*varied, "--out", str(tmp_path), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    for row in ("| uncompressed |", "| similarity_threshold=0.5 | 15% |", "| inner_method=none | 15% |"):
+        assert row in result.stdout
+    assert "HoliTom" not in result.stdout
+
 
 def test_a_set_of_the_split_and_seed_that_are_asked_for_is_drawn(folder, tmp_path):
     for split, seed in (("test", 0), ("validation", 3)):
@@ -283,6 +336,9 @@ def test_a_set_of_the_split_and_seed_that_are_asked_for_is_drawn(folder, tmp_pat
         (["--methods", "magic"], "there is no method magic; choose from holitom"),
         (["--retention-ratios", "1.5"], "retention_ratio must be"),
         (["--questions", "nowhere"], "write a set with"),
+        (["--settings", "tau"], "takes a JSON object of settings, got 'tau'"),
+        (["--settings", '{"tau": 1}'], "has no field 'tau'"),
+        (["--preset", "none-such"], "no HoliTom preset or file 'none-such'"),
     ],
 )
 def test_bad_arguments(folder, tmp_path, arguments, message):

@@ -28,7 +28,10 @@ class Row:
 
 @dataclass
 class Run:
-    """Settings to evaluate under a unique `name`: a `method` at a `retention_ratio`, or an entry of an `ablation`."""
+    """
+    Settings to evaluate under a unique `name`: a `method` at a `retention_ratio`, an entry of an `ablation`, or
+    neither where they are given one by one.
+    """
 
     name: str
     settings: HoliTomConfig
@@ -88,6 +91,29 @@ def method_runs(own: HoliTomConfig, methods: list[str], ratios: list[float]) -> 
         for ratio in ratios:
             runs.append(Run(f"{name}@{ratio:g}", ROWS[name].settings(own, ratio), name, ratio))
     return runs
+
+
+def settings_runs(own: HoliTomConfig, given: list[str | dict], ratios: list[float] | None = None) -> list[Run]:
+    """
+    Rows of any settings, named by what differs from the model's own.
+
+    Args:
+        own: The model's.
+        given: Presets, files, or fields that replace the model's.
+        ratios: Each is evaluated at these; `None`: at its own.
+
+    Raises:
+        TypeError, ValueError: If there is no such preset, or a field or its value is not allowed.
+    """
+    runs = {}
+    for base in (HoliTomConfig.coerce(value, own) for value in given):
+        for ratio in ratios or [base.retention_ratio]:
+            settings = replace(base, retention_ratio=ratio)
+            before = own.to_dict()
+            changes = [f"{name}={value}" for name, value in settings.to_dict().items() if value != before[name]]
+            name = ", ".join(changes) or "the model's own settings"
+            runs[name] = Run(name, settings, retention_ratio=ratio)
+    return list(runs.values())
 
 
 def ablation_runs(own: HoliTomConfig, num_layers: int, ratio: float = 0.15) -> list[Run]:

@@ -274,7 +274,9 @@ def write_report(rows: list[Row], results: list[Result], command: str, out: Path
 def _label(row: Row) -> str:
     if row.method == "full":
         return "uncompressed"
-    return ROWS[row.method].label if row.method else row.run.split(": ")[1]
+    if row.ablation:
+        return row.run.removeprefix(f"{row.ablation}: ")
+    return ROWS[row.method].label if row.method else row.run
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
@@ -286,7 +288,7 @@ def _line(row: Row) -> list[str]:
     counted = "" if row.flops_share_counted is None else f"{row.flops_share_counted:.1%}"
     return [
         _label(row),
-        "" if row.method in ("full", None) else f"{row.retention_ratio:.0%}",
+        "" if row.method == "full" else f"{row.retention_ratio:.0%}",
         f"{row.tokens_outer:.0f}",
         f"{row.tokens_inner:.0f}",
         f"{row.flops_share:.1%}",
@@ -299,7 +301,7 @@ def _line(row: Row) -> list[str]:
 
 def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[str, str]) -> str:
     head = ["method", "R", "tokens", "after stage 3", "FLOPs", "counted", "accuracy [95 %]", "relative", "s/question"]
-    methods = [row for row in rows if row.method]
+    methods = [row for row in rows if not row.ablation]
     text = f"`{command}`\n\n" + ", ".join(f"{name} {value}" for name, value in where.items())
     text += f"; {rows[0].num_questions} questions.\n\n" + _table(head, [_line(row) for row in methods])
     types = [kind for kind in QUESTION_TYPES if kind in rows[0].by_type]
@@ -319,6 +321,8 @@ def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[st
 
 
 def _plots(rows: list[Row], out: Path) -> list[Path]:
+    if not any(row.method in ROWS for row in rows):
+        return []  # single settings are no curve
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Result:
         flops: The decoder's for the prompt, by the paper's formula.
         flops_counted: As torch counts them, merging and the output layer included; `None` where not counted.
         seconds: For merging, prompt and answer: the batch's time by its size.
+        settings: The run's, those that are not the defaults.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Result:
     flops: float
     flops_counted: float | None
     seconds: float
+    settings: dict = field(default_factory=dict)
 
 
 class AnswerFile:
@@ -88,9 +90,13 @@ class AnswerFile:
 
 
 def describe(answerer: Answerer, questions: list[VideoQuestion]) -> dict:
-    """What tells one evaluation from another: configuration, the start of every weight, dtype, and the questions."""
+    """
+    What all runs of an evaluation share: architecture, the start of every weight, dtype, and the questions. How a run
+    compresses is kept with its results.
+    """
     config = answerer.config.to_dict()
-    config.pop("transformers_version", None)
+    for name in ("transformers_version", "holitom_config"):
+        config.pop(name, None)
     weights = [parameter.flatten()[:16].tolist() for parameter in answerer.model.parameters() if not parameter.is_meta]
     asked = [asdict(question) for question in questions]
     texts = json.dumps([config, str(answerer.model.dtype), weights, asked], sort_keys=True, default=str)
@@ -117,7 +123,8 @@ def evaluate(
         folder: Where the questions' videos are.
         questions: A video's questions stand behind each other.
         runs: Settings to compare.
-        out: Folder for `answers.jsonl`; what is there already is not answered again.
+        out: Folder for `answers.jsonl`; what is there already is not answered again, unless the run of that name had
+            other settings.
         batch_size: Questions at once.
         max_new_tokens: Longest answer.
         num_counted: Operations are counted for so many questions, one of a video, by running them once more.
@@ -131,7 +138,8 @@ def evaluate(
     """
     out.mkdir(parents=True, exist_ok=True)
     file = AnswerFile(out / "answers.jsonl", describe(answerer, questions))
-    done = {(result.run, result.id) for result in file.results}
+    settings = {run.name: changed_settings(run.settings) for run in runs}
+    done = {(r.run, r.id) for r in file.results if settings.get(r.run) == r.settings}
     first_of_video = [next(group) for _, group in groupby(questions, key=lambda question: question.video)]
     counted = {question.id for question in first_of_video[:num_counted]}
     for batch in progress(list(_batches(questions, batch_size))):
@@ -142,8 +150,13 @@ def evaluate(
         for run, missing in pending:
             if missing:
                 file.add(_answer(answerer, run, missing, encoded, max_new_tokens, counted))
-    names = {run.name for run in runs}
-    return [result for result in file.results if result.run in names]
+    return [result for result in file.results if settings.get(result.run) == result.settings]
+
+
+def changed_settings(settings: HoliTomConfig) -> dict:
+    """The settings that are not the defaults: a field that comes to exist leaves older results as they are."""
+    defaults = HoliTomConfig().to_dict()
+    return {name: value for name, value in settings.to_dict().items() if value != defaults[name]}
 
 
 def is_right(answer: str, truth: str) -> bool:
@@ -241,6 +254,7 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
                 flops=savings[row].flops,
                 flops_counted=_count(answerer, run, question, encoded) if is_counted else None,
                 seconds=seconds,
+                settings=changed_settings(run.settings),
             )
         )
     return results

@@ -1,5 +1,6 @@
 """Commands that measure: `questions`, `evaluate`, `flops`, `bench`."""
 
+import json
 import shlex
 import sys
 import tempfile
@@ -56,7 +57,13 @@ def questions(
 def evaluate(
     model: Model = BUNDLED_NAME,
     methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; default: all.")] = None,
-    retention_ratios: Annotated[list[float] | None, typer.Option(help="Values of R; default: 0.25 ... 0.02.")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="Rows of these presets or JSON files.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option(help="Rows of the model's settings with these fields of JSON in their place.")
+    ] = None,
+    retention_ratios: Annotated[
+        list[float] | None, typer.Option(help="Values of R; default: 0.25 ... 0.02, or what a preset or settings say.")
+    ] = None,
     ablations: Annotated[bool, typer.Option(help="The paper's ablations, too.")] = False,
     questions: Annotated[Path | None, typer.Option(help="A set of questions; default: one drawn into --out.")] = None,
     num_questions: Annotated[int, typer.Option(min=1, help="Size of the set that is drawn.")] = 1000,
@@ -73,7 +80,7 @@ def evaluate(
     with one_line_errors():
         name, hub = find_model(model)
         from ...bundled.questions import read_set, write_set
-        from ...evaluation.methods import RETENTION_RATIOS, ROWS, ablation_runs, method_runs
+        from ...evaluation.methods import RETENTION_RATIOS, ROWS, ablation_runs, method_runs, settings_runs
 
         quiet()
         from ...answering.answerer import Answerer
@@ -82,7 +89,9 @@ def evaluate(
 
         answerer = Answerer(name, device=device, dtype=dtype, hub=hub)
         own = answerer.config.holitom_config
-        runs = method_runs(own, methods or list(ROWS), retention_ratios or list(RETENTION_RATIOS))
+        given = [*(preset or []), *map(_json_object, settings or [])]
+        runs = method_runs(own, methods or ([] if given else list(ROWS)), retention_ratios or list(RETENTION_RATIOS))
+        runs += settings_runs(own, given, retention_ratios)
         if ablations:
             runs += ablation_runs(own, answerer.config.text_config.num_hidden_layers)
         folder = questions or out / f"{split}-{seed}-{num_questions}"
@@ -246,6 +255,17 @@ def scaling(
         (out / "scaling.md").write_text(table + "\n")
         growth.plot_scaling(results, out / "scaling.png")
         print(f"Wrote {out / 'scaling.md'}, {out / 'scaling.png'}.")
+
+
+def _json_object(text: str) -> dict:
+    """Fields of settings, typed as JSON."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--settings takes a JSON object of settings, got {text!r}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"--settings takes a JSON object of settings, got {text!r}")
+    return fields
 
 
 def _place(device: str, dtype: str):
