@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..video.encoding import write_video
+from ..video.encoding import ENCODINGS, write_video
 from .scenes import COLORS, DIRECTIONS, SHAPES, TEXTURES, Clip, Shape, random_clip
+from .unseen import unseen_clip
 
 
 QUESTION_TYPES = (
@@ -24,8 +25,9 @@ QUESTION_TYPES = (
 )
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 NUM_FRAMES = 16  # that the questions about a written clip can be answered from, uniformly sampled
-# First number of every clip's seed. Whatever is chosen is chosen on validation, which is drawn as test is.
-SPLITS = {"train": 0, "test": 1, "validation": 2}
+# First number of every clip's seed. Whatever is chosen is chosen on validation, which is drawn as test is; unseen is
+# of another family (unseen.py).
+SPLITS = {"train": 0, "test": 1, "validation": 2, "unseen": 3}
 
 TEMPLATES = {
     "color": ("What color is the {shape}?", "Which color does the {shape} have?"),
@@ -60,10 +62,14 @@ class Question:
 
 @dataclass
 class VideoQuestion(Question):
-    """A question about a video file, `video`, relative to the set's folder; `id` is unique in the set."""
+    """
+    A question about a video file, `video`, relative to the set's folder; `id` is unique in the set, `num_frames` how
+    many frames to take (`None`: what the model's processor takes).
+    """
 
     video: str
     id: str
+    num_frames: int | None = None
 
 
 def uniform_times(num_frames: int) -> np.ndarray:
@@ -225,7 +231,7 @@ def draw_set(num_questions: int, split: str = "test", seed: int = 0) -> Iterator
         seed: Another seed, another set.
 
     Yields:
-        Clips, each with one to six questions that [`NUM_FRAMES`] uniform frames answer.
+        Clips, each with one to six questions that its number of uniform frames answers, or else [`NUM_FRAMES`].
 
     Raises:
         ValueError: If `split` is not known or `num_questions` is not positive.
@@ -239,8 +245,8 @@ def draw_set(num_questions: int, split: str = "test", seed: int = 0) -> Iterator
     while (total := sum(counts.values())) < num_questions:
         random = np.random.default_rng((SPLITS[split], seed, number))
         number += 1
-        clip = random_clip(random, held_out=split != "train")
-        questions = ask(clip, uniform_times(NUM_FRAMES), random)
+        clip = unseen_clip(random) if split == "unseen" else random_clip(random, held_out=split != "train")
+        questions = ask(clip, uniform_times(clip.num_frames or NUM_FRAMES), random)
         limit = min(counts.values()) + max(2, num_questions // 100)
         chosen: list[Question] = []
         for question in questions:
@@ -261,13 +267,13 @@ def write_set(
     progress=iter,
 ) -> list[VideoQuestion]:
     """
-    Writes a set of [`draw_set`] as H.264 files and `questions.jsonl`, which is written last: a set with it is whole.
+    Writes a set of [`draw_set`] as video files and `questions.jsonl`, which is written last: a set with it is whole.
 
     Args:
         folder: Made if missing.
         num_questions, split, seed: As in [`draw_set`].
         side: Width and height of the videos in pixels.
-        num_frames: Their length, a multiple of [`NUM_FRAMES`].
+        num_frames: Their length, a multiple of [`NUM_FRAMES`], where a clip has none of its own.
         progress: Wraps the list of clips, e.g. to show a bar.
 
     Returns:
@@ -285,9 +291,12 @@ def write_set(
     written: list[VideoQuestion] = []
     for number, (clip, questions) in enumerate(progress(list(draw_set(num_questions, split, seed)))):
         name = f"{split}-{seed}-{number:04d}"
-        write_video(folder / f"{name}.mp4", clip.render(uniform_times(num_frames), side))
+        file = name + ENCODINGS[clip.encoding].suffix
+        write_video(
+            folder / file, clip.render(uniform_times(clip.num_frames or num_frames), side), encoding=clip.encoding
+        )
         written += [
-            VideoQuestion(**asdict(question), video=f"{name}.mp4", id=f"{name}-{index}")
+            VideoQuestion(**asdict(question), video=file, id=f"{name}-{index}", num_frames=clip.num_frames)
             for index, question in enumerate(questions)
         ]
     partial = folder / "questions.jsonl.part"
@@ -310,15 +319,16 @@ def read_set(folder: Path) -> list[VideoQuestion]:
     return [VideoQuestion(text=line.pop("question"), **line) for line in lines]
 
 
-def _to_line(question: VideoQuestion) -> dict[str, str]:
+def _to_line(question: VideoQuestion) -> dict:
     """The fields as `holitom-hf batch` and most data sets name them."""
-    return {
+    line = {
         "id": question.id,
         "video": question.video,
         "question": question.text,
         "answer": question.answer,
         "type": question.type,
     }
+    return line if question.num_frames is None else line | {"num_frames": question.num_frames}
 
 
 class DrawnVideoQuestions:
@@ -339,7 +349,7 @@ class DrawnVideoQuestions:
         Args:
             num_questions, split, seed: As in [`draw_set`].
             side: Width and height in pixels.
-            num_frames: Frames of every video.
+            num_frames: Frames of every video whose clip has no number of its own.
         """
         self.num_questions, self.split, self.seed = num_questions, split, seed
         self.side, self.num_frames = side, num_frames
@@ -349,7 +359,7 @@ class DrawnVideoQuestions:
 
     def __iter__(self) -> Iterator[dict]:
         for number, (clip, questions) in enumerate(draw_set(self.num_questions, self.split, self.seed)):
-            video = clip.render(uniform_times(self.num_frames), self.side)
+            video = clip.render(uniform_times(clip.num_frames or self.num_frames), self.side)
             for index, question in enumerate(questions):
                 yield {
                     "id": f"{self.split}-{self.seed}-{number:04d}-{index}",

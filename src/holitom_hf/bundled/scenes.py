@@ -37,6 +37,8 @@ class Shape:
         interval: When it is there: [start, stop).
         knots: (K, 4) rows of time, x, y, radius, in between interpolated linearly.
         direction: A name of [`DIRECTIONS`] if it moves.
+        tilt: Angle by which it is turned, in radians.
+        is_outlined: Whether only its edge is drawn.
     """
 
     color: str
@@ -46,6 +48,8 @@ class Shape:
     interval: tuple[float, float]
     knots: np.ndarray
     direction: str | None = None
+    tilt: float = 0.0
+    is_outlined: bool = False
 
     @property
     def name(self) -> str:
@@ -88,6 +92,8 @@ class Clip:
         specks: (S, 4) start x, y and end x, y of small grey specks, distractors that no question is about.
         pan: (x, y) by which the camera moves the picture from start to end.
         noise: Standard deviation of the pixels' noise, of 255.
+        num_frames: Frames that its questions are asked about; `None`: as many as the set has.
+        encoding: How a written set encodes it: a name of [`~video.encoding.ENCODINGS`].
     """
 
     scenes: list[Scene]
@@ -95,6 +101,8 @@ class Clip:
     specks: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     pan: tuple[float, float] = (0.0, 0.0)
     noise: float = 0.0
+    num_frames: int | None = None
+    encoding: str = "h264"
 
     def scene_at(self, times: np.ndarray) -> np.ndarray:
         """(F,) index of the scene at (F,) times."""
@@ -110,8 +118,28 @@ class Clip:
         for index, shape in enumerate(self.shapes):
             places = self.positions(shape, times) * side
             for frame in np.flatnonzero(shape.is_visible(times)):
-                _stamp(covered[frame, index], shape.shape, *places[frame])
+                _stamp(covered[frame, index], shape.shape, *places[frame], shape.tilt, shape.is_outlined)
         return covered
+
+    def rgb(self, shape: Shape) -> tuple[float, float, float]:
+        """What a shape is painted with, of 255."""
+        return COLORS[shape.color]
+
+    def canvas(self, scene: Scene, side: int, margin: int) -> np.ndarray:
+        """(side + 2 margin, side + 2 margin, 3) float32: a scene's background, with what the camera may move to."""
+        return _texture(scene, side, margin)
+
+    def backgrounds(self, times: np.ndarray, side: int) -> np.ndarray:
+        """(F, side, side, 3) float32: what is behind the shapes at (F,) times."""
+        scene_of = self.scene_at(times)
+        margin = int(np.ceil(max(map(abs, self.pan)) * side)) + 1
+        frames = np.empty((len(times), side, side, 3), np.float32)
+        for scene in set(scene_of):
+            canvas = self.canvas(self.scenes[scene], side, margin)
+            for frame in np.flatnonzero(scene_of == scene):
+                x, y = (margin - round(float(p * times[frame] * side)) for p in self.pan)
+                frames[frame] = canvas[y : y + side, x : x + side]
+        return frames
 
     def render(self, times: np.ndarray, side: int, masks: np.ndarray | None = None) -> np.ndarray:
         """
@@ -126,14 +154,7 @@ class Clip:
             (F, side, side, 3) uint8.
         """
         masks = self.masks(times, side) if masks is None else masks
-        scene_of = self.scene_at(times)
-        margin = int(np.ceil(max(map(abs, self.pan)) * side)) + 1
-        frames = np.empty((len(times), side, side, 3), np.float32)
-        for scene in set(scene_of):
-            canvas = _texture(self.scenes[scene], side, margin)
-            for frame in np.flatnonzero(scene_of == scene):
-                x, y = (margin - round(float(p * times[frame] * side)) for p in self.pan)
-                frames[frame] = canvas[y : y + side, x : x + side]
+        frames = self.backgrounds(times, side)
         for start_x, start_y, stop_x, stop_y in self.specks:
             for frame, time in enumerate(times):
                 x, y = start_x + (stop_x - start_x) * time, start_y + (stop_y - start_y) * time
@@ -144,9 +165,7 @@ class Clip:
             for frame in np.flatnonzero(shape.is_visible(times)):
                 rows, columns = _box(*(self.positions(shape, times[frame : frame + 1])[0] * side), side)
                 alpha = masks[frame, index, rows, columns, None]
-                frames[frame, rows, columns] += alpha * (
-                    np.float32(COLORS[shape.color]) - frames[frame, rows, columns]
-                )
+                frames[frame, rows, columns] += alpha * (np.float32(self.rgb(shape)) - frames[frame, rows, columns])
         if self.noise:
             frames += np.random.default_rng(self.scenes[0].seed).normal(0, self.noise, frames.shape).astype(np.float32)
         return frames.clip(0, 255).round().astype(np.uint8)
@@ -158,11 +177,15 @@ def _box(x: float, y: float, radius: float, side: int) -> tuple[slice, slice]:
     return tuple(slice(max(0, int(center - reach)), min(side, int(center + reach) + 2)) for center in (y, x))
 
 
-def _stamp(target: np.ndarray, shape: str, x: float, y: float, radius: float) -> None:
+def _stamp(
+    target: np.ndarray, shape: str, x: float, y: float, radius: float, tilt: float = 0.0, is_outlined: bool = False
+) -> None:
     """Writes a shape's coverage into a (side, side) picture; edges are one pixel wide."""
     rows, columns = _box(x, y, radius, len(target))
     dx = np.arange(columns.start, columns.stop, dtype=np.float32)[None] + 0.5 - x
     dy = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5 - y
+    if tilt:
+        dx, dy = dx * np.cos(tilt) + dy * np.sin(tilt), dy * np.cos(tilt) - dx * np.sin(tilt)
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
     elif shape == "ring":
@@ -176,6 +199,8 @@ def _stamp(target: np.ndarray, shape: str, x: float, y: float, radius: float) ->
         distance = np.minimum(
             np.maximum(np.abs(dx) - radius, np.abs(dy) - arm), np.maximum(np.abs(dy) - radius, np.abs(dx) - arm)
         )
+    if is_outlined:
+        distance = np.abs(distance + 0.14 * radius) - 0.14 * radius
     target[rows, columns] = np.clip(0.5 - distance, 0, 1)
 
 

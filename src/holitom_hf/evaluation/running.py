@@ -146,7 +146,7 @@ def evaluate(
         pending = [(run, [q for q in batch if (run.name, q.id) not in done]) for run in runs]
         if not any(missing for _, missing in pending):
             continue
-        encoded = _encode(answerer, folder, [q.video for q in batch])
+        encoded = _encode(answerer, folder, batch)
         for run, missing in pending:
             if missing:
                 file.add(_answer(answerer, run, missing, encoded, max_new_tokens, counted))
@@ -177,13 +177,15 @@ def _batches(questions: list[VideoQuestion], batch_size: int) -> Iterator[list[V
         yield batch
 
 
-def _encode(answerer: Answerer, folder: Path, videos: list[str]) -> dict[str, HoliTomVideoFeatures]:
+def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, HoliTomVideoFeatures]:
     """Every video through the tower, with what any method may ask for."""
     everything = HoliTomConfig(retention_ratio=0.5)
     model, video_processor = answerer.model, answerer.processor.video_processor
     encoded = {}
-    for video in dict.fromkeys(videos):
-        pixels = video_processor(str(folder / video), return_tensors="pt")["pixel_values_videos"]
+    for video, num_frames in {question.video: question.num_frames for question in questions}.items():
+        pixels = video_processor(str(folder / video), num_frames=num_frames, return_tensors="pt")[
+            "pixel_values_videos"
+        ]
         encoded[video] = model.get_video_features(
             pixels.to(model.device, model.dtype),
             vision_batch_size=32,

@@ -28,7 +28,9 @@ from .options import (
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
 # Options of drawn sets.
-Split = Annotated[str, typer.Option(help="train, validation (to choose by) or test; their clips never meet.")]
+Split = Annotated[
+    str, typer.Option(help="train, validation (to choose by), test, or unseen (of another kind); they never meet.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed, another set.")]
 # Options that the benchmarks share.
 Redundancy = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of synthetic tokens that repeat.")]
