@@ -16,6 +16,7 @@ from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
 from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs, settings_runs
 from holitom_hf.evaluation.report import check_claims, summarize, write_report
 from holitom_hf.evaluation.running import Result, evaluate, is_right
+from holitom_hf.evaluation.statistics import mcnemar
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,19 @@ def test_what_counts_as_right(answer, truth, right):
 
 def made_up(run, share_right, flops, num=200):
     return [
-        Result(run, f"q{i}", f"v{i // 4}", "color", "", i < share_right * num, 100, 50, flops, None, 0.1)
+        Result(
+            run,
+            f"q{i}",
+            f"v{i // 4}",
+            "color",
+            run,
+            i < share_right * num,
+            100,
+            50 + (run == "full"),
+            flops,
+            None,
+            0.1,
+        )
         for i in range(num)
     ]
 
@@ -195,7 +208,8 @@ def test_claims_hold_and_do_not_hold():
 def answered(run, right, flops):
     """A question a video, right where `right` says so."""
     return [
-        Result(run, f"q{i}", f"v{i}", "color", "", bool(r), 100, 50, flops, None, 0.1) for i, r in enumerate(right)
+        Result(run, f"q{i}", f"v{i}", "color", run, bool(r), 100, 50 + (run == "full"), flops, None, 0.1)
+        for i, r in enumerate(right)
     ]
 
 
@@ -256,6 +270,32 @@ def test_between_two_points_of_a_curve_the_comparison_is_with_their_mixture():
         claim = claims[f"HoliTom at R = {ratio}% is ahead of fewer frames at equal FLOPs"]
         low, high = (float(number) for number in re.findall(r"[-+]\d+\.\d", claim.measured)[1:])
         assert (low, high) == pytest.approx([100 * end for end in paired_interval(right["a"], mixture)], abs=0.6)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (5, 1), (3, 9), (12, 12)])
+def test_mcnemar_is_the_share_of_coin_flips_that_are_as_unequal(won, lost):
+    theirs = np.array([0] * won + [1] * lost + [0, 1, 1])
+    ours = np.array([1] * won + [0] * lost + [0, 1, 1])
+    counted = mcnemar(answered("a", ours, 1)[::-1], answered("b", theirs, 1))
+    flips = np.random.default_rng(0).binomial(won + lost, 0.5, 200_000)
+    share = (abs(flips - (won + lost) / 2) >= abs(won - lost) / 2).mean()
+    assert counted[:2] == (won, lost)
+    assert counted[2] == pytest.approx(share, abs=0.005)
+
+
+@pytest.mark.parametrize("fault", ["same answers", "same lengths"])
+def test_a_run_that_does_not_show_that_it_shortens_gets_no_verdict(fault, tmp_path):
+    own = replace(tiny_model(tiny_processor().tokenizer).config.holitom_config)
+    runs = method_runs(own, ["holitom"], [0.15])
+    full, short = made_up("full", 0.8, 100), made_up("holitom@0.15", 0.8, 10)
+    assert check_claims(summarize(full + short, runs), full + short)
+    changed = {"answer": "full"} if fault == "same answers" else {"tokens_inner": 51}
+    results = full + [replace(result, **changed) for result in short]
+    rows = summarize(results, runs)
+    assert [row.is_running for row in rows] == [True, False]
+    assert check_claims(rows, results) == []
+    write_report(rows, results, "holitom-hf evaluate", tmp_path)
+    assert "| HoliTom (**not running**) | 15% |" in (tmp_path / "table.md").read_text()
 
 
 def test_intervals_shrink_with_the_number_of_videos():

@@ -14,6 +14,7 @@ import torch
 from ..bundled.questions import QUESTION_TYPES
 from .methods import ROWS, Run
 from .running import Result
+from .statistics import is_running, mcnemar
 
 
 NUM_RESAMPLES = 2000
@@ -35,6 +36,10 @@ class Row:
         flops_share: Decoder operations for the prompt as a share of the uncompressed model's, the paper's formula.
         flops_share_counted: The same, as torch counts them over a few questions; `None` where they were not counted.
         seconds: Median time for a question.
+        is_running: Whether it shows that it shortens videos, as [`is_running`] has it; a run that does not gets no
+            verdict. The uncompressed run is.
+        only_ours, only_full: Questions that this run alone, or the uncompressed one alone, has right.
+        mcnemar: Probability of counts at least that unequal by chance (McNemar's exact test).
     """
 
     run: str
@@ -54,6 +59,10 @@ class Row:
     flops_share: float
     flops_share_counted: float | None
     seconds: float
+    is_running: bool
+    only_ours: int
+    only_full: int
+    mcnemar: float
 
 
 class _Resampled:
@@ -119,6 +128,7 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
         if counted:
             share_counted = sum(r.flops_counted for r in counted) / sum(full_counted[r.id] for r in counted)
         low, high = _interval(accuracies)
+        only_ours, only_full, probability = mcnemar(own, full)
         relative = relative_low = relative_high = None
         if full_accuracy:
             relative = _accuracy(own) / full_accuracy
@@ -142,6 +152,10 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
                 flops_share=float(np.mean([result.flops for result in own]) / full_flops),
                 flops_share_counted=share_counted,
                 seconds=float(np.median([result.seconds for result in own])),
+                is_running=run.method == "full" or is_running(own, full),
+                only_ours=only_ours,
+                only_full=only_full,
+                mcnemar=probability,
             )
         )
     return rows
@@ -161,16 +175,18 @@ def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
     The paper's claims against what was measured; those whose runs are missing are left out.
 
     A claim holds, or does not, only if all of its interval says so. Two runs are compared over the same questions, and
-    a difference whose interval holds zero is none.
+    a difference whose interval holds zero is none. Nothing is said of a run that is not running.
 
     Args:
         rows: From [`summarize`].
         results: What they sum up.
     """
+    rows = [row for row in rows if row.is_running]
     found = {row.run: row for row in rows}
     by_run: dict[str, list[Result]] = {row.run: [] for row in rows}
     for result in results:
-        by_run[result.run].append(result)
+        if result.run in by_run:
+            by_run[result.run].append(result)
     resampled = _Resampled({result.video for result in results})
     accuracies = {run: resampled.accuracies(own) for run, own in by_run.items()}
     claims = []
@@ -272,6 +288,10 @@ def write_report(rows: list[Row], results: list[Result], command: str, out: Path
 
 
 def _label(row: Row) -> str:
+    return _name(row) + ("" if row.is_running else " (**not running**)")
+
+
+def _name(row: Row) -> str:
     if row.method == "full":
         return "uncompressed"
     if row.ablation:
@@ -295,12 +315,14 @@ def _line(row: Row) -> list[str]:
         counted,
         f"{row.accuracy:.1%} [{row.accuracy_low:.1%}, {row.accuracy_high:.1%}]",
         "" if row.relative is None else f"{row.relative:.1%}",
+        "" if row.method == "full" else f"+{row.only_ours} -{row.only_full}, p = {row.mcnemar:.2g}",
         f"{row.seconds:.3f}",
     ]
 
 
 def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[str, str]) -> str:
-    head = ["method", "R", "tokens", "after stage 3", "FLOPs", "counted", "accuracy [95 %]", "relative", "s/question"]
+    head = ["method", "R", "tokens", "after stage 3", "FLOPs", "counted", "accuracy [95 %]", "relative", "McNemar"]
+    head.append("s/question")
     methods = [row for row in rows if not row.ablation]
     text = f"`{command}`\n\n" + ", ".join(f"{name} {value}" for name, value in where.items())
     text += f"; {rows[0].num_questions} questions.\n\n" + _table(head, [_line(row) for row in methods])
