@@ -77,7 +77,10 @@ def plain_clusters(tokens: torch.Tensor, num_clusters: int, neighbors: int, weig
 
 
 def plain_merge(features: torch.Tensor, importance: torch.Tensor, config, newline: torch.Tensor | None = None):
-    """Stages 1 and 2, one token after another. Returns the embeddings and (frame, position) of each."""
+    """
+    Stages 1 and 2, one token after another. Returns the embeddings, (frame, position) of each, and for how many of the
+    tokens that came in it stands.
+    """
     num_frames, num_tokens, _ = features.shape
     similarity = F.cosine_similarity(features[:-1].float(), features[1:].float(), dim=-1)
     segments, gain = plain_segments(similarity, config.similarity_threshold, config.max_segment_frames)
@@ -96,22 +99,27 @@ def plain_merge(features: torch.Tensor, importance: torch.Tensor, config, newlin
         num_clusters = round(len(static) * ratio)
         if num_clusters:
             means = torch.stack([features[start:stop, t].mean(0) for t in static])
-            merged, centers, _ = plain_clusters(
+            merged, centers, cluster = plain_clusters(
                 means, num_clusters, config.cluster_neighbors, config.cluster_center_weight
             )
-            in_segment += [(merged[i], start, static[c]) for i, c in enumerate(centers)]
+            members = [
+                {(f, t) for f in range(start, stop) for t, of in zip(static, cluster) if of == i}
+                for i in range(num_clusters)
+            ]
+            in_segment += [(merged[i], start, static[c], members[i]) for i, c in enumerate(centers)]
         for f in range(start, stop):
             kept = math.ceil(len(dynamic) * ratio)
             num_dominant = round(kept * (1 - config.contextual_ratio))
             by_importance = sorted(dynamic, key=lambda t: (-float(importance[f, t]), t))
             dominant = sorted(by_importance[:num_dominant])
-            in_segment += [(features[f, t], f, t) for t in dominant]
+            in_segment += [(features[f, t], f, t, {(f, t)}) for t in dominant]
             if kept > num_dominant:
                 others = [t for t in dynamic if t not in dominant]
-                merged, centers, _ = plain_clusters(
+                merged, centers, cluster = plain_clusters(
                     features[f, others], kept - num_dominant, config.cluster_neighbors, config.cluster_center_weight
                 )
-                in_segment += [(merged[i], f, others[c]) for i, c in enumerate(centers)]
+                members = [{(f, t) for t, of in zip(others, cluster) if of == i} for i in range(len(centers))]
+                in_segment += [(merged[i], f, others[c], members[i]) for i, c in enumerate(centers)]
         outputs += in_segment
         for token in in_segment:
             frames[token[1]].append(token)
@@ -123,32 +131,60 @@ def plain_merge(features: torch.Tensor, importance: torch.Tensor, config, newlin
                 tokens = sorted((t for t in frames[f] if t[2] // width == row), key=lambda t: t[2])
                 outputs += tokens
                 if tokens:
-                    outputs.append((newline, f, row * width + width - 1))
+                    outputs.append((newline, f, row * width + width - 1, {()}))
     embeddings = torch.stack([features[0, 0], *(token[0].to(features.dtype) for token in outputs)])[1:]
-    return embeddings, [token[1:] for token in outputs]
+    return embeddings, [token[1:3] for token in outputs], plain_sizes(features, embeddings, [o[3] for o in outputs])
+
+
+def plain_sizes(features: torch.Tensor, embeddings: torch.Tensor, members: list[set]) -> list[int]:
+    """
+    For how many input tokens each output stands: its members, and those without an output that are most like it among
+    the outputs with members in their frame, or in the nearest frame before (at the start: behind) where there is one.
+    """
+    num_frames, num_tokens, _ = features.shape
+    sizes = [len(of) for of in members]
+    if not members:
+        return []
+    inside = [[i for i, of in enumerate(members) if any(m and m[0] == f for m in of)] for f in range(num_frames)]
+    for f in range(num_frames):
+        for t in range(num_tokens):
+            if any((f, t) in of for of in members):
+                continue
+            home = next(g for g in [*range(f, -1, -1), *range(f, num_frames)] if inside[g])
+            likeness = F.cosine_similarity(features[f, t].float()[None], embeddings[inside[home]].float(), dim=-1)
+            sizes[inside[home][int(likeness.argmax())]] += 1
+    return sizes
 
 
 def plain_inner_merge(hidden: torch.Tensor, importance: torch.Tensor, visual: list[int], ratio: float, fold: bool):
-    """Stage 3 on (N, D), one folding after another. Returns the hidden states and the surviving indices."""
+    """
+    Stage 3 on (N, D), one folding after another. Returns the hidden states, the surviving indices, and for each
+    removed index the one it is most like.
+    """
     num_kept = round(len(visual) * (1 - ratio))
     kept = sorted(sorted(visual, key=lambda i: (-float(importance[i]), i))[:num_kept])
     others = [i for i in visual if i not in kept]
     hidden = hidden.clone()
-    if fold and kept:
-        unit = F.normalize(hidden.float(), dim=-1)
-        targets = [kept[int((unit[kept] @ unit[other]).argmax())] for other in others]
-        for other, target in zip(others, targets):
+    unit = F.normalize(hidden.float(), dim=-1)
+    targets = {other: kept[int((unit[kept] @ unit[other]).argmax())] for other in others if kept}
+    if fold:
+        for other, target in targets.items():
             hidden[target] = (hidden[target] + hidden[other]) / 2
     keep = [i for i in range(len(hidden)) if i not in others]
-    return hidden[keep], keep
+    return hidden[keep], keep, targets
 
 
 @dataclass
 class PlainVideo:
-    """A video after stages 1 and 2: its tokens, newline included, and how many placeholders it came with."""
+    """
+    A video after stages 1 and 2: its tokens, newline included, how many placeholders it came with, which of them its
+    tokens take, and for how many of the tokens that came in each stands.
+    """
 
     tokens: torch.Tensor
     num_slots: int
+    slots: list[int]
+    sizes: list[int]
 
 
 class PlainModel:
@@ -175,10 +211,16 @@ class PlainModel:
         features = self.upstream.model.get_video_features(video[None]).pooler_output[0]
         frames, newline = features[:-1].view(len(video), -1, features.shape[-1]), features[-1:]
         if settings.outer_method == "none" or settings.retention_ratio == 1:
-            return PlainVideo(features, len(features))
-        merged, _ = plain_merge(frames, self.importance(video), settings, newline[0])
-        is_end = settings.newline_position == "end"
-        return PlainVideo(torch.cat([merged, newline]) if is_end else merged, len(features))
+            return PlainVideo(features, len(features), list(range(len(features))), [1] * len(features))
+        tokens, places, sizes = plain_merge(frames, self.importance(video), settings, newline[0])
+        if settings.newline_position == "end":
+            tokens, sizes = torch.cat([tokens, newline]), [*sizes, 1]
+        slots = list(range(len(tokens)))
+        if settings.position_ids == "kept":
+            slots = [f * frames.shape[1] + t for f, t in places] + [len(features) - 1]
+            order = sorted(range(len(slots)), key=slots.__getitem__)
+            tokens, slots, sizes = tokens[order], [slots[i] for i in order], [sizes[i] for i in order]
+        return PlainVideo(tokens, len(features), slots, sizes)
 
     @torch.no_grad()
     def logits(self, input_ids, videos, settings, prompt_length=None, images=None, encoded=None) -> torch.Tensor:
@@ -194,17 +236,20 @@ class PlainModel:
             pictures = torch.cat(upstream.model.get_image_features(**images).pooler_output)
             embeds = embeds.masked_scatter((input_ids == self.config.image_token_id)[:, None], pictures)
         encoded = [self.encode(video, settings) for video in videos] if encoded is None else encoded
-        tokens, places, owner, slot, video = [], [], [], 0, 0
+        tokens, places, owner, sizes, slot, video = [], [], [], [], 0, 0
         for place in range(length):
             if int(input_ids[place]) != self.config.video_token_id:
                 tokens.append(embeds[place])
                 places.append(place)
                 owner.append(None)
+                sizes.append(1)
                 continue
-            if slot < len(encoded[video].tokens):
-                tokens.append(encoded[video].tokens[slot])
+            if slot in encoded[video].slots:
+                which = encoded[video].slots.index(slot)
+                tokens.append(encoded[video].tokens[which])
                 places.append(place)
                 owner.append(video)
+                sizes.append(encoded[video].sizes[which] if settings.proportional_attention else 1)
             slot += 1
             if slot == encoded[video].num_slots:
                 slot, video = 0, video + 1
@@ -212,7 +257,7 @@ class PlainModel:
         all_places = places
         decoder = upstream.model.language_model
         hidden = torch.stack(tokens)[None]
-        positions = torch.arange(len(tokens))[None]
+        positions = torch.tensor(places)[None] if settings.position_ids == "kept" else torch.arange(len(tokens))[None]
         has_inner = settings.inner_method != "none" and settings.inner_merge_layer and settings.inner_merge_ratio > 0
         weights = {}
         for index, layer in enumerate(decoder.layers):
@@ -224,14 +269,19 @@ class PlainModel:
                     last = max(i for i, place in enumerate(all_places) if end is None or place < end)
                     attention = everyone[last][kept_so_far]
                     visual = [i for i, of in enumerate(owner) if of == v]
-                    merged, keep = plain_inner_merge(
+                    merged, keep, targets = plain_inner_merge(
                         hidden[0], attention, visual, settings.inner_merge_ratio, settings.inner_method == "merge"
                     )
+                    if settings.proportional_attention:
+                        for other, target in targets.items():
+                            sizes[target] += sizes[other]
+                    sizes = [sizes[i] for i in keep]
                     hidden, positions = merged[None], positions[:, keep]
                     kept_so_far = [kept_so_far[i] for i in keep]
                     places, owner = [places[i] for i in keep], [owner[i] for i in keep]
             n = hidden.shape[1]
             mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
+            mask = mask + torch.tensor(sizes).log()
             handle = layer.self_attn.register_forward_hook(lambda _, __, out: weights.update(last=out[1]))
             hidden = layer(hidden, attention_mask=mask, position_embeddings=decoder.rotary_emb(hidden, positions))
             handle.remove()

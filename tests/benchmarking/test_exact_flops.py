@@ -19,7 +19,7 @@ from holitom_hf.benchmarking.exact_flops import (
 from holitom_hf.benchmarking.models import contest
 from holitom_hf.benchmarking.synthetic import synthetic_features
 from holitom_hf.merging.flops import prefill_flops, tokens_by_layer
-from holitom_hf.merging.inner import fold_tokens
+from holitom_hf.merging.inner import fold_tokens, most_similar
 from holitom_hf.merging.segmentation import compare_by_products
 from holitom_hf.merging.spatial import cluster_tokens
 from holitom_hf.models.vision_importance import vision_importance
@@ -92,7 +92,8 @@ def test_what_holitom_adds_has_the_operations_that_torch_counts(game):
     compared = counted(lambda: compare_by_products(synthetic_features(2, 16, 64)))
     assert compared == segmentation_flops(2, 16, 64) + 2 * 64 * 16
     kept, folded = torch.arange(0, 10), torch.arange(10, 26)
-    fold = counted(lambda: fold_tokens(torch.randn(26, text.hidden_size), kept, folded))
+    tokens = torch.randn(26, text.hidden_size)
+    fold = counted(lambda: fold_tokens(tokens, kept, folded, most_similar(tokens, kept, folded)))
     query = inner_merging_flops(text, 40, [(10, 16)], is_folding=False)
     assert fold == inner_merging_flops(text, 40, [(10, 16)], is_folding=True) - query
 

@@ -41,7 +41,7 @@ def test_folding_is_that_of_the_plain_loop(before, length, after, ratio, fold, s
     hidden = torch.randn(1, before + length + after, 8, generator=random)
     importance = torch.randint(0, 4, hidden.shape[1:2], generator=random).float()  # with ties
     merged, keep = merge_hidden_states(hidden, importance, before, length, ratio, fold)
-    expected, expected_keep = plain_inner_merge(
+    expected, expected_keep, _ = plain_inner_merge(
         hidden[0], importance, list(range(before, before + length)), ratio, fold
     )
     assert keep.tolist() == expected_keep
@@ -53,7 +53,7 @@ def test_many_tokens_may_fold_into_one():
     hidden = torch.randn(1, 300, 4, generator=random)
     importance = torch.rand(300, generator=random)
     merged, keep = merge_hidden_states(hidden, importance, 0, 300, 0.997)
-    expected, _ = plain_inner_merge(hidden[0], importance, list(range(300)), 0.997, fold=True)
+    expected, _, _ = plain_inner_merge(hidden[0], importance, list(range(300)), 0.997, fold=True)
     assert len(keep) == 1
     torch.testing.assert_close(merged[0], expected, atol=1e-5, rtol=1e-5)
 
@@ -63,7 +63,7 @@ def test_half_precision_keeps_the_dtype_and_the_choice(dtype):
     random = torch.Generator().manual_seed(1)
     hidden, importance = torch.randn(1, 40, 16, generator=random).to(dtype), torch.rand(40, generator=random)
     merged, keep = merge_hidden_states(hidden, importance, 4, 30, 0.5)
-    expected, expected_keep = plain_inner_merge(hidden[0].float(), importance, list(range(4, 34)), 0.5, fold=True)
+    expected, expected_keep, _ = plain_inner_merge(hidden[0].float(), importance, list(range(4, 34)), 0.5, fold=True)
     assert merged.dtype == dtype
     assert keep.tolist() == expected_keep
     torch.testing.assert_close(merged[0].float(), expected, atol=0.02, rtol=0.02)

@@ -88,7 +88,7 @@ CONFIGS = st.builds(
 def test_the_tokens_are_those_of_the_plain_loop(size, config, seed, still):
     features, importance = make_features(*size, seed, still)
     merged = merge_video_tokens(features, importance, config)
-    embeddings, places = plain_merge(features, importance, config)
+    embeddings, places, _ = plain_merge(features, importance, config)
     assert list(zip(merged.frame.tolist(), merged.position.tolist())) == places
     torch.testing.assert_close(merged.embeddings, embeddings, atol=1e-4, rtol=1e-4)
 
@@ -100,7 +100,7 @@ def test_newlines_stand_after_every_row_that_kept_a_token(config, seed, num_toke
     features, importance = make_features(5, num_tokens, 8, seed)
     newline = torch.full((8,), 7.0)
     merged = merge_video_tokens(features, importance, config, newline)
-    embeddings, places = plain_merge(features, importance, config, newline)
+    embeddings, places, _ = plain_merge(features, importance, config, newline)
     assert list(zip(merged.frame.tolist(), merged.position.tolist())) == places
     torch.testing.assert_close(merged.embeddings, embeddings, atol=1e-4, rtol=1e-4)
     assert torch.equal((merged.embeddings == 7).all(1), merged.kind == TokenKind.NEWLINE)

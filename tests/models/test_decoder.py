@@ -82,7 +82,7 @@ def plain_loop(decoder, embeds, positions, deep, layer: int, ratio: float, fold:
         if index == layer:
             if kept is None:
                 importance = weights["last"][0].float().mean(0)[query]
-                merged, kept = plain_inner_merge(hidden[0], importance, VIDEO, ratio, fold)
+                merged, kept, _ = plain_inner_merge(hidden[0], importance, VIDEO, ratio, fold)
                 hidden = merged[None]
             else:
                 hidden = hidden[:, kept]

@@ -69,6 +69,8 @@ CONFIGS = st.builds(
     inner_merge_ratio=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
     outer_method=st.sampled_from(["holitom", "holitom", "none"]),
     inner_method=st.sampled_from(["merge", "merge", "prune", "none"]),
+    position_ids=st.sampled_from(["packed", "packed", "kept"]),
+    proportional_attention=st.booleans(),
 )
 # A row: text and videos in any order, text last; a number is that many text tokens, (f,) a video of f frames.
 ROWS = st.lists(

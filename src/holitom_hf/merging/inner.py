@@ -30,7 +30,24 @@ def choose_survivors(importance: torch.Tensor, num_kept: int) -> tuple[torch.Ten
     return order[:num_kept].sort().values, order[num_kept:].sort().values
 
 
-def fold_tokens(tokens: torch.Tensor, kept: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+def most_similar(tokens: torch.Tensor, kept: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+    """
+    The kept token that each of the others is most like (cosine similarity).
+
+    Args:
+        tokens: (V, D).
+        kept: (K,) int64, indices of the tokens that stay, K >= 1.
+        folded: (V-K,) int64, indices of the others.
+
+    Returns:
+        (V-K,) int64 in 0..K-1.
+    """
+    unit = F.normalize(tokens.detach().float(), dim=-1)
+    unit_kept = unit[kept]
+    return torch.cat([(unit[rows] @ unit_kept.T).argmax(-1) for rows in folded.split(ROWS_PER_CHUNK)])
+
+
+def fold_tokens(tokens: torch.Tensor, kept: torch.Tensor, folded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     Folds every token that goes into the kept one most similar to it, `kept = (kept + other) / 2` one after another.
 
@@ -41,18 +58,13 @@ def fold_tokens(tokens: torch.Tensor, kept: torch.Tensor, folded: torch.Tensor) 
         tokens: (V, D).
         kept: (K,) int64, indices of the tokens that stay, ascending.
         folded: (V-K,) int64, indices of the others, ascending.
+        target: (V-K,) int64 in 0..K-1, the kept token that each of them goes into, from [`most_similar`].
 
     Returns:
         (K, D), in the dtype of `tokens`; arithmetic in float32.
 
     Source: section 3.3.
     """
-    if len(folded) == 0 or len(kept) == 0:
-        return tokens[kept]
-    values = tokens.float()
-    unit = F.normalize(values.detach(), dim=-1)
-    unit_kept = unit[kept]
-    target = torch.cat([(unit[rows] @ unit_kept.T).argmax(-1) for rows in folded.split(ROWS_PER_CHUNK)])  # (V-K,)
     # Bags of one kept token and those folded into it, in order: the place in its bag is a token's turn.
     bag = torch.cat([torch.arange(len(kept), device=tokens.device), target])
     by_bag = bag.argsort(stable=True)
@@ -62,7 +74,7 @@ def fold_tokens(tokens: torch.Tensor, kept: torch.Tensor, folded: torch.Tensor) 
     turn = torch.arange(len(bag), device=tokens.device) - first[bag]
     weight = torch.exp2((turn.clamp_min(1) - count[bag]).float())
     rows = torch.cat([kept, folded])[by_bag]
-    return F.embedding_bag(rows, values, first, mode="sum", per_sample_weights=weight).to(tokens.dtype)
+    return F.embedding_bag(rows, tokens.float(), first, mode="sum", per_sample_weights=weight).to(tokens.dtype)
 
 
 def merge_hidden_states(
@@ -102,7 +114,9 @@ def merge_hidden_states(
     visual = slice(start, start + length)
     kept, folded = choose_survivors(importance[visual], num_inner_kept(length, merge_ratio))
     tokens = hidden[0, visual]
-    merged = fold_tokens(tokens, kept, folded) if fold else tokens[kept]
+    merged = tokens[kept]
+    if fold and len(kept) and len(folded):
+        merged = fold_tokens(tokens, kept, folded, most_similar(tokens, kept, folded))
     positions = torch.arange(num_positions, device=hidden.device)
     keep = torch.cat([positions[:start], start + kept, positions[start + length :]])
     return torch.cat([hidden[:, :start], merged[None], hidden[:, start + length :]], dim=1), keep

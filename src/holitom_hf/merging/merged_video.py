@@ -40,6 +40,8 @@ class MergedVideo:
             of all others that were merged into it; the first alone counts as 1 where there are no others.
         contributions: Where inputs went into several outputs: the input tokens (M,) among the F*T, the outputs (M,)
             they went into, and their weights (M,), in place of what `assignment` and `shares` say.
+        representative: (F, T) int64, the output that each input token counts with: the one it was merged into, or
+            where it was dropped the one most like it; `None` where nobody asked.
     """
 
     embeddings: torch.Tensor
@@ -51,6 +53,7 @@ class MergedVideo:
     assignment: torch.Tensor
     shares: tuple[float, float] = (1.0, 1.0)
     contributions: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    representative: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         num_frames, tokens_per_frame = self.assignment.shape
@@ -90,6 +93,23 @@ class MergedVideo:
     def place(self) -> torch.Tensor:
         """(N,) int64, the index among the F*T input tokens of the frame and position that each output stands for."""
         return self.frame * self.assignment.shape[1] + self.position
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """
+        (N,) float32, for how many of the uncompressed tokens each output stands; 1 for a newline.
+
+        Raises:
+            ValueError: Without `representative`.
+        """
+        if self.representative is None:
+            raise ValueError(
+                "what dropped tokens count with was not asked for: merge with proportional_attention=True"
+            )
+        sizes = (self.kind == TokenKind.NEWLINE).float()
+        if self.num_tokens == 0:
+            return sizes
+        return sizes.index_add_(0, self.representative.flatten(), sizes.new_ones(self.num_input_tokens))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -169,6 +189,7 @@ class MergedVideo:
             kind=self.kind[order],
             assignment=torch.where(self.assignment >= 0, number[self.assignment.clamp_min(0)], -1),
             contributions=contributions,
+            representative=None if self.representative is None else number[self.representative],
         )
 
 
@@ -196,6 +217,7 @@ def in_order(
     newline_if_empty: bool = False,
     shares: tuple[float, float] = (1.0, 1.0),
     contributions: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    representative: torch.Tensor | None = None,
 ) -> MergedVideo:
     """
     Puts tokens into the sequence's order.
@@ -208,7 +230,7 @@ def in_order(
         ratio: What stage 2 kept.
         newline_if_empty: Whether rows without a token have one, too.
         shares: As in [`MergedVideo`].
-        contributions: As in [`MergedVideo`], outputs counted through the groups.
+        contributions, representative: As in [`MergedVideo`], outputs counted through the groups.
     """
     num_frames, tokens_per_frame = assigned.shape
     features, newline = video.features, video.newline
@@ -252,10 +274,13 @@ def in_order(
         number[assigned],
         shares,
         contributions,
+        None if representative is None else number[representative],
     )
 
 
-def take_tokens(video: VideoTokens, chosen: torch.Tensor, ratio: float) -> MergedVideo:
+def take_tokens(
+    video: VideoTokens, chosen: torch.Tensor, ratio: float, representative: torch.Tensor | None = None
+) -> MergedVideo:
     """
     The [`MergedVideo`] of a method that keeps some tokens as they are and drops the rest.
 
@@ -263,6 +288,7 @@ def take_tokens(video: VideoTokens, chosen: torch.Tensor, ratio: float) -> Merge
         video: What they are taken from; its `newline` as in [`in_order`].
         chosen: (N,) int64 indices of the kept tokens among the F*T, ascending.
         ratio: Share that was to be kept.
+        representative: (F, T) int64, which of the N each token counts with, where that is known.
     """
     num_frames, tokens_per_frame, device = video.num_frames, video.tokens_per_frame, chosen.device
     frame, position = chosen // tokens_per_frame, chosen % tokens_per_frame
@@ -270,4 +296,5 @@ def take_tokens(video: VideoTokens, chosen: torch.Tensor, ratio: float) -> Merge
     assigned = torch.full((num_frames * tokens_per_frame,), -1, device=device)
     assigned[chosen] = torch.arange(len(chosen), device=device)
     segments = [(f, f + 1) for f in range(num_frames)]
-    return in_order(video, [group], assigned.view(num_frames, tokens_per_frame), segments, ratio)
+    assigned = assigned.view(num_frames, tokens_per_frame)
+    return in_order(video, [group], assigned, segments, ratio, representative=representative)

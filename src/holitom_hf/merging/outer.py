@@ -6,6 +6,7 @@ import torch
 
 from .merged_video import MergedVideo, take_tokens
 from .registry import METHODS
+from .representatives import with_representatives
 from .settings import MergingSettings
 from .video_tokens import VideoTokens
 
@@ -59,8 +60,10 @@ def merge_tokens(video: VideoTokens, config: MergingSettings) -> MergedVideo:
         video = replace(video, newline=None)
     if not config.has_outer_stage:
         everything = torch.arange(video.num_frames * video.tokens_per_frame, device=video.features.device)
-        return take_tokens(video, everything, 1.0)
-    return METHODS[config.outer_method].merge(video, config)
+        merged = take_tokens(video, everything, 1.0)
+    else:
+        merged = METHODS[config.outer_method].merge(video, config)
+    return with_representatives(merged, video.features) if config.proportional_attention else merged
 
 
 def merge_videos(videos: list[VideoTokens], config: MergingSettings) -> tuple[list[MergedVideo], list[torch.Tensor]]:

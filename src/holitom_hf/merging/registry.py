@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .methods.average_pooling import merge_average_pooling
+from .methods.farthest_points import merge_farthest_points
 from .methods.fixed_windows import merge_fixed_windows
 from .methods.frame_subsampling import merge_frame_subsampling
 from .methods.holitom import merge_holitom
 from .methods.random_tokens import merge_random_tokens
+from .methods.regular_grid import merge_regular_grid
 from .methods.visionzip import merge_visionzip
 
 
@@ -46,9 +48,11 @@ class Method:
 
 METHODS = {
     "holitom": Method(merge_holitom, "HoliTom"),
+    "farthest_points": Method(merge_farthest_points, "farthest points"),
     "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
     "visionzip": Method(merge_visionzip, "VisionZip"),
     "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames"),
     "random_tokens": Method(merge_random_tokens, "random tokens", "control", "random"),
+    "regular_grid": Method(merge_regular_grid, "regular grid", "control", "grid"),
     "average_pooling": Method(merge_average_pooling, "average pooling", "control", "pooling"),
 }

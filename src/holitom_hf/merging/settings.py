@@ -35,6 +35,12 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) ->
         raise ValueError(f"{owner}.{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_boolean(owner: str, name: str, value: Any) -> None:
+    """Raises a `TypeError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}.{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
 def as_plain_number(value: Any) -> Any:
     """A number of NumPy's as Python's, which JSON knows; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -62,6 +68,14 @@ class MergingSettings:
         inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`.
         newline_position: `"end"`: one newline token after the video (LLaVA-OneVision); `"row"`: one after every
             row of the grid that kept a token (LLaVA-Video).
+        position_ids: `"packed"`: tokens are numbered anew after merging (HoliTom); `"kept"`: each stands where the
+            token that it was, or the centre of what it stands for, stood in the uncompressed sequence, and text goes
+            on behind all of it.
+        proportional_attention: Whether a token that stands for n of the uncompressed ones has log n added to its
+            attention scores in every decoder layer (ToMe, arXiv 2210.09461, section 3).
+        min_frame_tokens: Tokens below which a frame is rather left out than shown, of methods that know how.
+        importance_weight: Exponent of the importance that distances are weighted with, of methods that choose by
+            distance; 0: importance does not matter.
 
     Raises:
         TypeError, ValueError: When made or changed, naming the field, the value and what is allowed. A field that
@@ -79,6 +93,10 @@ class MergingSettings:
     outer_method: str = "holitom"
     inner_method: str = "merge"
     newline_position: str = "end"
+    position_ids: str = "packed"
+    proportional_attention: bool = False
+    min_frame_tokens: int = 5
+    importance_weight: float = 0.0
 
     # By field: raises an error unless a value is allowed. A subclass with more fields adds theirs.
     checks: ClassVar[dict[str, Any]] = {
@@ -93,6 +111,10 @@ class MergingSettings:
         "outer_method": lambda *field: check_choice(*field, (*METHODS, "none")),
         "inner_method": lambda *field: check_choice(*field, (*INNER_METHODS, "none")),
         "newline_position": lambda *field: check_choice(*field, ("end", "row")),
+        "position_ids": lambda *field: check_choice(*field, ("packed", "kept")),
+        "proportional_attention": check_boolean,
+        "min_frame_tokens": lambda *field: check_integer(*field, minimum=1, is_optional=False),
+        "importance_weight": lambda *field: check_number(*field, "with w >= 0", lambda value: value >= 0),
     }
 
     # By layer of stage 3: the depth of the decoder it was chosen for (Qwen2 0.5B, 7B and 72B).

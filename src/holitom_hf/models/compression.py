@@ -11,9 +11,10 @@ from ..merging.merged_video import MergedVideo
 from ..merging.outer import merge_videos
 from ..merging.video_tokens import VideoTokens
 from ..sequence.compaction import compact_prompt
-from ..sequence.compressed_sequence import CompressedSequence
+from ..sequence.compressed_sequence import CompressedSequence, joined_sizes
 from ..sequence.inner_stage import InnerStage
 from ..sequence.placeholders import cached_length, check_mask, check_position_ids, last_real, token_positions
+from .masks import check_takes_mask
 from .outputs import CompressedOutput
 
 
@@ -139,6 +140,8 @@ class CompressingModelMixin:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         settings.check_decoder_depth(self.config.text_config.num_hidden_layers)
+        if settings.proportional_attention and not settings.is_identity:
+            check_takes_mask(self.config.text_config)
         batch_size, num_new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         past = CompressedSequence.of(past_key_values, num_new)
         if past is not None:
@@ -218,8 +221,10 @@ class CompressingModelMixin:
         else:  # All that came after is real. How much that is may be known to the device alone.
             num_after = cache.get_seq_length() - past.outer_mask.shape[1]
             position_ids = past.next_position + num_after + torch.arange(num_new, device=inputs_embeds.device)
-        if past.inner_layer is not None:
-            stage = InnerStage(layer=past.inner_layer)
+        is_ready = isinstance(attention_mask, dict)  # masks that hold the sizes already
+        sizes = (None, None) if is_ready else (past.outer_sizes, past.inner_sizes)
+        if past.inner_layer is not None or sizes[0] is not None:
+            stage = InnerStage(layer=past.inner_layer, sizes=sizes[0], inner_sizes=sizes[1])
             if inner_mask is not None:
                 stage.past_mask, stage.mask = inner_mask[:, :-num_new], inner_mask[:, -num_new:]
                 stage.is_padded = True
@@ -262,10 +267,20 @@ class CompressingModelMixin:
 
         # Stages 1 and 2.
         merged, embeddings = merge_videos(videos, settings)
-        slots = [self.token_slots(tokens, video) for tokens, video in zip(merged, videos)]
+        is_kept = settings.position_ids == "kept"
+        if is_kept and settings.has_outer_stage and settings.newline_position == "row":
+            raise ValueError(
+                'position_ids="kept" needs newline_position="end": newlines of rows have no position there'
+            )
+        slots = [tokens.place if is_kept else self.token_slots(tokens, video) for tokens, video in zip(merged, videos)]
         merged, embeddings, slots = in_slot_order(merged, embeddings, slots)
         num_slots = [video.num_slots for video in videos]
-        prompt = compact_prompt(inputs_embeds, video_mask, is_real, embeddings, num_slots, slots)
+        counts = settings.proportional_attention
+        sizes = None
+        if counts and any(video.num_tokens < video.num_input_tokens for video in merged):
+            newline = torch.ones(1, device=device)
+            sizes = [torch.cat([v.sizes, newline[: len(e) - v.num_tokens]]) for v, e in zip(merged, embeddings)]
+        prompt = compact_prompt(inputs_embeds, video_mask, is_real, embeddings, num_slots, slots, sizes)
         packed, videos_of_row = prompt.packed, prompt.videos_of_row
         if videos[0].maps:
             maps = zip(*([tokens.apply(map_) for map_ in video.maps] for tokens, video in zip(merged, videos)))
@@ -275,12 +290,14 @@ class CompressingModelMixin:
 
         # Where the tokens that are left stand: by the count of all, less what was dropped.
         full = self.full_positions(past.next_position, is_real, **position_inputs)
-        positions = self.renumbered(full, prompt.is_dropped)
+        positions = full if is_kept else self.renumbered(full, prompt.is_dropped)
         next_position = self.next_position(positions)
         num_skipped = self.next_position(full) - next_position
         if position_ids is not None:
             check_position_ids(position_ids, num_new, full.ndim)
-            positions = self.renumbered(position_ids - past.position_offset[:, None], prompt.is_dropped)
+            positions = position_ids - past.position_offset[:, None]
+            if not is_kept:
+                positions = self.renumbered(positions, prompt.is_dropped)
         positions = positions.gather(-1, packed.index.expand_as(positions[..., : packed.index.shape[1]]))
         positions = positions.masked_fill(~packed.mask, 0)
 
@@ -288,9 +305,13 @@ class CompressingModelMixin:
         outer_mask = torch.cat([past.outer_mask, packed.mask], dim=1)
         is_padded = past.is_padded or packed.is_padded
         layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
-        has_gaps = self.has_position_gaps and positions.ndim == 2
-        if layer is not None or has_gaps:
+        has_gaps = (is_kept or self.has_position_gaps) and positions.ndim == 2
+        outer_sizes = joined_sizes(past.outer_sizes, prompt.sizes, past.outer_mask, packed.mask)
+        if layer is not None or has_gaps or outer_sizes is not None:
             stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached, has_gaps=has_gaps)
+            stage.sizes, stage.inner_sizes, stage.counts_removed = outer_sizes, past.inner_sizes, counts
+            if not settings.has_inner_stage:
+                stage.inner_sizes = joined_sizes(past.inner_sizes, prompt.sizes, past.inner_mask, packed.mask)
             if settings.has_inner_stage:
                 num_tokens = [len(tokens) for tokens in embeddings]
                 stage.videos = token_positions(prompt.video_mask, videos_of_row, num_tokens)
@@ -308,10 +329,12 @@ class CompressingModelMixin:
 
         survivors = getattr(outputs, "survivors", None)
         output_index, inner_mask, inner_keep = packed.last_kept, packed.mask, None
+        inner_sizes = prompt.sizes
         if survivors is not None:
             survivors = survivors.to(device)
             output_index = survivors.last_kept.gather(1, output_index)
             inner_mask = survivors.mask
+            inner_sizes = outputs.sizes.to(device) if outputs.sizes is not None else None
             inner_keep = [
                 survivors.row(row) - packed.row_start(row) if of_row else None
                 for row, of_row in enumerate(videos_of_row)
@@ -326,6 +349,8 @@ class CompressingModelMixin:
                 next_position=next_position,
                 position_offset=past.position_offset + num_skipped[:, 0],
                 is_padded=is_padded or (survivors is not None and survivors.is_padded),
+                outer_sizes=outer_sizes,
+                inner_sizes=joined_sizes(past.inner_sizes, inner_sizes, past.inner_mask, inner_mask),
                 merged_videos=merged_videos,
                 inner_keep=inner_keep if inner_keep is not None else [None] * batch_size,
             ).attach(outputs.past_key_values)

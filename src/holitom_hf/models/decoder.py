@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..sequence.compressed_sequence import joined_sizes
 from ..sequence.inner_stage import InnerStage, merge_inside
 from ..sequence.packed_rows import PackedRows, take_rows
+from .masks import causal_mask, score_bias
 
 
 @dataclass
@@ -25,9 +26,11 @@ class HoliTomDecoderOutput(BaseModelOutputWithPast):
 
     Attributes:
         survivors: The M of the N positions that came in that the last layers hold; `None` where nothing was merged.
+        sizes: (B, M) float32, for how many uncompressed tokens these stand; `None` where all count alike.
     """
 
     survivors: PackedRows | None = None
+    sizes: torch.Tensor | None = None
 
 
 class _KeyRecorder:
@@ -62,7 +65,12 @@ class HoliTomDecoderMixin:
         return [index for index, kind in enumerate(types) if kind == "full_attention"]
 
     def layer_masks(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, layer_idx: int
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        layer_idx: int,
+        sizes: torch.Tensor | None,
     ) -> dict[str, torch.Tensor | None]:
         """
         Hook: masks by layer type for the layers from `layer_idx` on.
@@ -72,16 +80,9 @@ class HoliTomDecoderMixin:
             attention_mask: (B, P+N), which of the layers' positions are real; `None` if all are.
             cache: With the P positions before.
             layer_idx: The first of layers of equal length.
+            sizes: As in [`causal_mask`].
         """
-        # No position ids: create_causal_mask would only search them for packed rows, which gaps look like.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            layer_idx=layer_idx,
-        )
-        return {"full_attention": mask}
+        return {"full_attention": causal_mask(self.config, hidden_states, attention_mask, cache, layer_idx, sizes)}
 
     def query_of(self, attention: nn.Module, normed: torch.Tensor) -> torch.Tensor:
         """Hook: queries before their rotation, (B, N, D) -> (B, H, N, d)."""
@@ -158,17 +159,17 @@ class HoliTomDecoderMixin:
             self._check_layers(first_inner)
 
         hidden_states = inputs_embeds
-        masks = self._masks_from(hidden_states, attention_mask, past_key_values, layer_idx=0)
+        masks = self._masks_from(hidden_states, attention_mask, past_key_values, 0, inner_stage.sizes)
         position_embeddings = self.rotary_emb(hidden_states, self.rotary_positions(position_ids))
         # Layers get only what can't be mistaken for packed rows.
         is_plain = position_ids.ndim == 2 and not inner_stage.has_gaps
         layer_kwargs = {"position_ids": position_ids if is_plain else None, **kwargs}
-        importance = survivors = None
+        importance = survivors = survivor_sizes = None
 
         for layer_idx, decoder_layer in enumerate(self.layers):
             if layer_idx == first_inner:
                 if merges:
-                    hidden_states, survivors = merge_inside(hidden_states, importance, inner_stage)
+                    hidden_states, survivors, survivor_sizes = merge_inside(hidden_states, importance, inner_stage)
                     positions = position_ids.to(hidden_states.device)
                     index = survivors.index.expand_as(positions[..., : survivors.index.shape[1]])
                     positions = self.rotary_positions(positions.gather(-1, index))
@@ -181,7 +182,10 @@ class HoliTomDecoderMixin:
                 layer_kwargs["position_ids"] = None
                 if not isinstance(attention_mask, dict):
                     attention_mask = _inner_attention_mask(inner_stage, survivors)
-                masks = self._masks_from(hidden_states, attention_mask, past_key_values, layer_idx)
+                sizes = inner_stage.inner_sizes
+                if merges:
+                    sizes = joined_sizes(sizes, survivor_sizes, inner_stage.past_mask, survivors.mask)
+                masks = self._masks_from(hidden_states, attention_mask, past_key_values, layer_idx, sizes)
 
             layer_input, layer_cache = hidden_states, past_key_values
             is_asked = merges and layer_idx + 1 == first_inner
@@ -206,6 +210,7 @@ class HoliTomDecoderMixin:
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
             survivors=survivors,
+            sizes=survivor_sizes,
         )
 
     def _layer_type(self, layer_idx: int) -> str:
@@ -226,11 +231,11 @@ class HoliTomDecoderMixin:
                 f"choose one of {layers}, or None"
             )
 
-    def _masks_from(self, hidden_states, attention_mask, past_key_values, layer_idx: int) -> dict:
+    def _masks_from(self, hidden_states, attention_mask, past_key_values, layer_idx: int, sizes) -> dict:
         """The masks of the layers from `layer_idx` on, from a 2D one of their positions or a dict of ready ones."""
         if isinstance(attention_mask, dict):
             return {"full_attention": attention_mask["full_attention" if layer_idx == 0 else "inner_attention"]}
-        return self.layer_masks(hidden_states, attention_mask, past_key_values, layer_idx)
+        return self.layer_masks(hidden_states, attention_mask, past_key_values, layer_idx, sizes)
 
     @torch.no_grad()
     def received_attention(
@@ -253,7 +258,7 @@ class HoliTomDecoderMixin:
             position_embeddings: Cosine and sine of this call's positions.
             keys: (B, H_kv, S, d) rotated keys with the past ones, or `None` without a cache.
             attention_mask: (B, P+N) bool, or `None` if all are real.
-            stage: Its `query` and `num_past`.
+            stage: Its `query`, `num_past` and `sizes`.
 
         Returns:
             (B, N) float32.
@@ -273,6 +278,8 @@ class HoliTomDecoderMixin:
         num_kv_heads, num_keys = keys.shape[1:3]
         queries = queries.view(batch_size, num_kv_heads, -1, attention.head_dim)  # (B, H_kv, G, d)
         scores = (queries @ keys.mT).float() * attention.scaling  # (B, H_kv, G, S)
+        if stage.sizes is not None:
+            scores = scores + score_bias(stage.sizes.to(scores.device), num_keys)[:, None, None]
         # The token sees what is not after it; in a static cache there are unused places, too.
         is_seen = torch.arange(num_keys, device=keys.device) <= query + stage.num_past  # (B, S)
         if attention_mask is not None:

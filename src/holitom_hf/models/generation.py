@@ -5,12 +5,13 @@ import os
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 from ..sequence.compressed_sequence import CompressedSequence
 from ..sequence.placeholders import cached_length
+from .masks import causal_mask
 
 
 logger = logging.get_logger(__name__)
@@ -169,11 +170,11 @@ class HoliTomGenerationMixin:
         if past is None:
             return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
         past = past.for_batch(inputs_embeds.shape[0])
-        layers = {"full_attention": (0, past.outer_mask)}
+        layers = {"full_attention": (0, past.outer_mask, past.outer_sizes)}
         if past.inner_layer is not None:
-            layers["inner_attention"] = (past.inner_layer, past.inner_mask)
+            layers["inner_attention"] = (past.inner_layer, past.inner_mask, past.inner_sizes)
         masks = {}
-        for name, (layer_idx, mask) in layers.items():
+        for name, (layer_idx, mask, sizes) in layers.items():
             if past.is_padded or attention_mask is not None:
                 # Places after the compressed ones are real where the caller's mask says so or does not reach yet:
                 # causality leaves out those that are not taken.
@@ -183,7 +184,5 @@ class HoliTomGenerationMixin:
                 mask = F.pad(mask, (0, num_places - mask.shape[1]), value=True)
             else:
                 mask = None
-            masks[name] = create_causal_mask(
-                config.get_text_config(), inputs_embeds, mask, past_key_values, layer_idx=layer_idx
-            )
+            masks[name] = causal_mask(config.get_text_config(), inputs_embeds, mask, past_key_values, layer_idx, sizes)
         return masks

@@ -20,6 +20,7 @@ class CompactedPrompt:
         video_mask: (B, N) bool, which of them are video tokens.
         is_dropped: (B, L) bool, the placeholders that got no token.
         videos_of_row: The videos of every row.
+        sizes: (B, N) float32, for how many uncompressed tokens each stands; `None` where that does not matter.
     """
 
     embeds: torch.Tensor
@@ -27,6 +28,7 @@ class CompactedPrompt:
     video_mask: torch.Tensor
     is_dropped: torch.Tensor
     videos_of_row: list[list[int]]
+    sizes: torch.Tensor | None = None
 
 
 def compact_prompt(
@@ -36,6 +38,7 @@ def compact_prompt(
     embeddings: list[torch.Tensor],
     num_slots: list[int],
     slots: list[torch.Tensor | None] | None = None,
+    sizes: list[torch.Tensor] | None = None,
 ) -> CompactedPrompt:
     """
     Puts merged tokens in place of placeholders.
@@ -47,6 +50,8 @@ def compact_prompt(
         embeddings: The (N_v, D) merged tokens of every video.
         num_slots: Placeholders of every video.
         slots: Which of its placeholders a video's tokens take, (N_v,) int64, ascending; `None`: the first ones.
+        sizes: For how many uncompressed tokens a video's tokens stand, (N_v,) float32; `None` where that does not
+            matter.
 
     Raises:
         ValueError: If placeholders and videos don't match.
@@ -74,4 +79,7 @@ def compact_prompt(
     places = masked_positions(packed_video_mask.reshape(1, -1), len(tokens))[0]
     embeds = take_rows(inputs_embeds, packed.index)
     embeds.flatten(0, 1).index_copy_(0, places, tokens)
-    return CompactedPrompt(embeds, packed, packed_video_mask, is_dropped, videos_of_row)
+    if sizes is not None:
+        ones = torch.ones(packed.mask.numel(), device=device)
+        sizes = ones.index_copy_(0, places, torch.cat(sizes)).view(packed.mask.shape)
+    return CompactedPrompt(embeds, packed, packed_video_mask, is_dropped, videos_of_row, sizes)

@@ -30,6 +30,9 @@ class CompressedSequence:
         next_position: (B, 1) int64, the position inside of the text token that follows.
         position_offset: (B,) int64, how much smaller position ids are inside than the caller counts.
         is_padded: Whether a mask has a False in it (known on the host).
+        outer_sizes: (B, N) float32, for how many uncompressed tokens each position stands, where attention is
+            proportional to it; `None` where all count alike.
+        inner_sizes: (B, M), the same from the layer of stage 3 on.
         merged_videos: What stages 1 and 2 did, a list per row with an entry per video.
         inner_keep: What stage 3 did, an entry per row: (n,) int64 indices of the surviving tokens among those that
             entered the decoder in that row, ascending; `None` where it did not run.
@@ -42,6 +45,8 @@ class CompressedSequence:
     next_position: torch.Tensor
     position_offset: torch.Tensor
     is_padded: bool
+    outer_sizes: torch.Tensor | None = None
+    inner_sizes: torch.Tensor | None = None
     merged_videos: list[list[MergedVideo]] = field(default_factory=list)
     inner_keep: list[torch.Tensor | None] = field(default_factory=list)
 
@@ -121,6 +126,8 @@ class CompressedSequence:
             full_length=self.full_length + num_after,
             outer_mask=torch.cat([self.outer_mask, new], dim=1),
             inner_mask=torch.cat([self.inner_mask, new], dim=1),
+            outer_sizes=joined_sizes(self.outer_sizes, None, self.outer_mask, new),
+            inner_sizes=joined_sizes(self.inner_sizes, None, self.inner_mask, new),
             next_position=self.next_position + new.sum(1, keepdim=True),
             is_padded=self.is_padded or attention_mask is not None,
         )
@@ -141,12 +148,27 @@ class CompressedSequence:
                 "but not selected"
             )
         repeats = batch_size // rows
+        by_row = ("outer_mask", "inner_mask", "next_position", "position_offset", "outer_sizes", "inner_sizes")
+        tensors = {name: getattr(self, name) for name in by_row if getattr(self, name) is not None}
         return replace(
             self,
-            outer_mask=self.outer_mask.repeat_interleave(repeats, 0),
-            inner_mask=self.inner_mask.repeat_interleave(repeats, 0),
-            next_position=self.next_position.repeat_interleave(repeats, 0),
-            position_offset=self.position_offset.repeat_interleave(repeats, 0),
+            **{name: values.repeat_interleave(repeats, 0) for name, values in tensors.items()},
             merged_videos=[entry for entry in self.merged_videos for _ in range(repeats)],
             inner_keep=[entry for entry in self.inner_keep for _ in range(repeats)],
         )
+
+
+def joined_sizes(
+    before: torch.Tensor | None, after: torch.Tensor | None, *places: torch.Tensor
+) -> torch.Tensor | None:
+    """
+    Sizes of a cache's positions and of those that follow; `None` if all are 1.
+
+    Args:
+        before, after: (B, P) and (B, N) float32; `None` where all are 1.
+        places: Tensors of these shapes.
+    """
+    if before is None and after is None:
+        return None
+    ones = (torch.ones(part.shape, device=part.device) for part in places)
+    return torch.cat([one if sizes is None else sizes for sizes, one in zip((before, after), ones)], dim=1)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from ..merging.inner import choose_survivors, fold_tokens, num_inner_kept
+from ..merging.inner import choose_survivors, fold_tokens, most_similar, num_inner_kept
 from .packed_rows import PackedRows, take_rows
 
 
@@ -28,6 +29,10 @@ class InnerStage:
         num_past: Number of positions that the first layers already hold.
         has_gaps: Whether the position ids of this call are for the rotation alone: they have gaps, and an attention
             function that sees them would take one row for several packed ones.
+        sizes: (B, P+N) float32, for how many uncompressed tokens each position of the first layers stands, or fewer
+            columns if the others stand for one; `None` where all count alike.
+        inner_sizes: (B, P'), the same for what the layers from k on already hold.
+        counts_removed: Whether kept tokens stand for those that stage 3 removes, too.
     """
 
     layer: int | None
@@ -42,6 +47,9 @@ class InnerStage:
     query: torch.Tensor | None = None
     num_past: int = 0
     has_gaps: bool = False
+    sizes: torch.Tensor | None = None
+    inner_sizes: torch.Tensor | None = None
+    counts_removed: bool = False
 
 
 # As an argument of a decoder that is exported on its own.
@@ -50,7 +58,7 @@ torch.export.register_dataclass(InnerStage)
 
 def merge_inside(
     hidden_states: torch.Tensor, importance: torch.Tensor, stage: InnerStage
-) -> tuple[torch.Tensor, PackedRows]:
+) -> tuple[torch.Tensor, PackedRows, torch.Tensor | None]:
     """
     Removes a share of every video's tokens from a batch of hidden states and packs the rows anew.
 
@@ -60,7 +68,7 @@ def merge_inside(
         stage: Where the videos are and how many tokens go.
 
     Returns:
-        (B, M, D) and which of the N positions they are.
+        (B, M, D), which of the N positions they are, and their sizes (B, M), `None` where all count alike.
 
     Source: section 3.3, for each video of each row as in [`merge_hidden_states`].
     """
@@ -68,6 +76,12 @@ def merge_inside(
     survives = stage.mask.to(device, copy=True)
     num_left = list(stage.num_real)
     rows, columns, merged = [], [], []
+    sizes = stage.sizes
+    if sizes is not None:  # of this call's positions
+        num_new = hidden_states.shape[1]
+        sizes = F.pad(sizes.to(device), (0, stage.num_past + num_new - sizes.shape[1]), value=1.0)[:, -num_new:]
+    elif stage.counts_removed:
+        sizes = torch.ones(hidden_states.shape[:2], device=device)
     for row, videos in enumerate(stage.videos):
         for positions in videos:
             positions = positions.to(device)
@@ -75,11 +89,20 @@ def merge_inside(
             kept, folded = choose_survivors(importance[row, positions], num_kept)
             survives[row, positions[folded]] = False
             num_left[row] -= len(folded)
+            tokens = hidden_states[row, positions]
+            goes_on = (stage.fold or stage.counts_removed) and len(kept) > 0 and len(folded) > 0
+            target = most_similar(tokens, kept, folded) if goes_on else None
             if stage.fold:
                 rows.append(torch.full_like(kept, row))
                 columns.append(positions[kept])
-                merged.append(fold_tokens(hidden_states[row, positions], kept, folded))
+                merged.append(tokens[kept] if target is None else fold_tokens(tokens, kept, folded, target))
+            if stage.counts_removed and target is not None:
+                sizes = sizes.index_put(
+                    (torch.full_like(target, row), positions[kept][target]), sizes[row, positions[folded]], True
+                )
     if merged:
         hidden_states = hidden_states.index_put((torch.cat(rows), torch.cat(columns)), torch.cat(merged))
     survivors = PackedRows.of(survives, num_left, stage.padding_side)
-    return take_rows(hidden_states, survivors.index), survivors
+    if sizes is not None:
+        sizes = sizes.gather(1, survivors.index)
+    return take_rows(hidden_states, survivors.index), survivors, sizes
