@@ -6,6 +6,7 @@ The plain loop has no cache, no batch and no packing; see tests/reference.py.
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,9 +31,18 @@ VIDEOS = [make_video(5, seed=23), make_video(5, seed=24, num_scenes=3)]
 NEW = 6
 
 
+@pytest.fixture(scope="module", params=["published", "kept and sized"])
+def used(request, model, settings):
+    """The model's settings: tokens numbered anew, as published, or in their places and counting for what they are."""
+    places = {"position_ids": "kept", "proportional_attention": True} if request.param != "published" else {}
+    model.config.holitom_config = replace(settings, **places)
+    yield model.config.holitom_config
+    model.config.holitom_config = settings
+
+
 @pytest.fixture(scope="module")
-def reference(plain, settings) -> PlainGenerator:
-    return PlainGenerator.over(plain, PROMPTS, [[video] for video in VIDEOS], settings)
+def reference(plain, used) -> PlainGenerator:
+    return PlainGenerator.over(plain, PROMPTS, [[video] for video in VIDEOS], used)
 
 
 @pytest.fixture
@@ -251,7 +261,7 @@ class TestTurns:
         return torch.cat([first, question], dim=1)
 
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
-    def test_a_second_question(self, model, plain, settings, batch, cache):
+    def test_a_second_question(self, model, plain, used, batch, cache):
         past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=140)
         greedy = {"do_sample": False, "max_new_tokens": NEW}
         first = model.generate(**batch, **greedy, past_key_values=past)
@@ -263,14 +273,14 @@ class TestTurns:
         second = model.generate(input_ids=ids, attention_mask=mask, **greedy, past_key_values=past)
         whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
         lengths = [len(prompt) for prompt in PROMPTS]
-        reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], settings, prompt_lengths=lengths)
+        reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], used, prompt_lengths=lengths)
         plain_ids, plain_mask = pad_batch(whole)
         expected = reference.generate(input_ids=plain_ids, attention_mask=plain_mask, **greedy, use_cache=False)
         assert torch.equal(second[:, -NEW:], expected[:, -NEW:])
         assert torch.equal(second[:, : ids.shape[1]], ids)
 
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
-    def test_padding_inside_a_second_turn(self, model, plain, settings, batch, cache):
+    def test_padding_inside_a_second_turn(self, model, plain, used, batch, cache):
         past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=140)
         greedy = {"do_sample": False, "max_new_tokens": NEW}
         first = model.generate(**batch, **greedy, past_key_values=past)
@@ -282,7 +292,7 @@ class TestTurns:
         second = model.generate(input_ids=ids, attention_mask=mask, **greedy, **wanted, past_key_values=past)
         whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
         lengths = [len(prompt) for prompt in PROMPTS]
-        reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], settings, prompt_lengths=lengths)
+        reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], used, prompt_lengths=lengths)
         plain_ids, plain_mask = pad_batch(whole)
         expected = reference.generate(
             input_ids=plain_ids, attention_mask=plain_mask, **greedy, **wanted, use_cache=False
@@ -292,7 +302,7 @@ class TestTurns:
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("given", ["ids", "embeddings"])
-    def test_a_second_video_with_beams(self, model, plain, settings, batch, given):
+    def test_a_second_video_with_beams(self, model, plain, used, batch, given):
         """Placeholders of the first turn's videos are in the ids, too, but not theirs that are encoded now."""
         past = DynamicCache()
         first = model.generate(**batch, do_sample=False, max_new_tokens=NEW, past_key_values=past)
@@ -316,7 +326,7 @@ class TestTurns:
             plain,
             whole,
             [[VIDEOS[0], videos[0]], [VIDEOS[1], videos[1], videos[2]]],
-            settings,
+            used,
             prompt_lengths=[[len(PROMPTS[0]), len(whole[0])], [len(PROMPTS[1]), len(whole[1]), len(whole[1])]],
         )
         plain_ids, plain_mask = pad_batch(whole)
@@ -335,7 +345,7 @@ class TestTurns:
         short = model.generate(input_ids=new, attention_mask=torch.ones_like(ids), **greedy, past_key_values=copied)
         assert torch.equal(short[:, -NEW:], whole[:, -NEW:])
 
-    def test_a_second_video_is_compressed_and_the_first_stays_as_it_was(self, model, plain, settings, single):
+    def test_a_second_video_is_compressed_and_the_first_stays_as_it_was(self, model, plain, used, single):
         """The plain loop chooses each video's survivors by the last token of the turn that brought it."""
         past = DynamicCache()
         greedy = {"do_sample": False, "max_new_tokens": NEW}
@@ -349,18 +359,19 @@ class TestTurns:
         for layer, kept in zip(past.layers, keys):
             assert torch.equal(layer.keys[:, :, : kept.shape[2]], kept)
         record = past.compressed_sequence
-        assert record.position_offset[0] > before.position_offset[0]
+        moves_up = used.position_ids == "packed"
+        assert (record.position_offset[0] > before.position_offset[0]) == moves_up
         assert record.full_length == ids.shape[1]
         lengths = [len(PROMPTS[0]), ids.shape[1]]
         logits = []
         whole = ids[0]
-        encoded = [plain.encode(VIDEOS[0], settings), plain.encode(video, settings)]
+        encoded = [plain.encode(VIDEOS[0], used), plain.encode(video, used)]
         for _ in range(NEW):
-            logits.append(plain.logits(whole, None, settings, lengths, encoded=encoded)[-1])
+            logits.append(plain.logits(whole, None, used, lengths, encoded=encoded)[-1])
             whole = torch.cat([whole, logits[-1].argmax()[None]])
         assert torch.equal(second[0], whole)
 
-    def test_one_video_many_questions_by_copying_the_cache(self, model, plain, settings):
+    def test_one_video_many_questions_by_copying_the_cache(self, model, plain, used):
         """The video's prefix is encoded once; its stage 3 asks the prefix's last token."""
         prefix = make_prompt(3, "video:5", 2, seed=35)
         past = DynamicCache()
@@ -371,10 +382,10 @@ class TestTurns:
             outputs = model.generate(
                 input_ids=prompt[None], past_key_values=copy.deepcopy(past), do_sample=False, max_new_tokens=NEW
             )
-            tokens, _ = plain.generate(prompt, [VIDEOS[0]], settings, NEW, prompt_length=len(prefix))
+            tokens, _ = plain.generate(prompt, [VIDEOS[0]], used, NEW, prompt_length=len(prefix))
             assert torch.equal(outputs[0, len(prompt) :], tokens)
 
-    def test_one_video_many_questions_as_a_batch(self, model, plain, settings):
+    def test_one_video_many_questions_as_a_batch(self, model, plain, used):
         prefix = make_prompt(3, "video:5", 2, seed=35)
         past = DynamicCache()
         with torch.no_grad():
@@ -383,7 +394,7 @@ class TestTurns:
         prompts = torch.stack([torch.cat([prefix, make_prompt(6, seed=seed)]) for seed in (36, 37, 38)])
         outputs = model.generate(input_ids=prompts, past_key_values=past, do_sample=False, max_new_tokens=NEW)
         for row, prompt in enumerate(prompts):
-            tokens, _ = plain.generate(prompt, [VIDEOS[0]], settings, NEW, prompt_length=len(prefix))
+            tokens, _ = plain.generate(prompt, [VIDEOS[0]], used, NEW, prompt_length=len(prefix))
             assert torch.equal(outputs[row, len(prompt) :], tokens)
 
     def test_rows_that_were_selected_cannot_be_told_and_are_refused(self, model, batch):
@@ -438,20 +449,25 @@ class TestAttention:
         other.load_state_dict(model.state_dict())
         return other
 
-    def test_flash_attention_needs_nothing_but_a_2d_mask(self, model, reference, batch, single):
+    def test_flash_attention_needs_nothing_but_a_2d_mask(self, model, plain, used, reference, batch, single):
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS.register("only_2d_masks", only_2d_masks)
         ALL_MASK_ATTENTION_FUNCTIONS.register("only_2d_masks", flash_attention_mask)
         other = self.with_attention(model, "only_2d_masks")
+        if used.proportional_attention:  # which no 2D mask can hold
+            with pytest.raises(ValueError, match="'only_2d_masks' cannot: load the model with attn_implementation"):
+                other.generate(**single, max_new_tokens=1)
+            used = other.config.holitom_config = replace(used, proportional_attention=False)
+            reference = PlainGenerator.over(plain, PROMPTS, [[video] for video in VIDEOS], used)
         for inputs in (batch, single):
             for kwargs in ({}, {"use_cache": False}, {"num_beams": 2}):
                 outputs = other.generate(**inputs, **kwargs, do_sample=False, max_new_tokens=NEW)
                 beams = {name: value for name, value in kwargs.items() if name == "num_beams"}
                 assert torch.equal(outputs, expected(reference, inputs, **beams, do_sample=False, max_new_tokens=NEW))
         with torch.no_grad():
-            ours, theirs = other(**batch), model(**batch)
+            ours, theirs = other(**batch), model(**batch, holitom_config=used)
         assert all(torch.equal(a, b) for a, b in zip(ours.inner_keep, theirs.inner_keep))
 
     @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])

@@ -5,8 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
-from transformers.utils.generic import is_flash_attention_requested
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
 
 
 def causal_mask(
@@ -51,8 +50,9 @@ def score_bias(sizes: torch.Tensor, num_keys: int) -> torch.Tensor:
 
 
 def check_takes_mask(config) -> None:
-    """Raises a `ValueError` if the decoder's attention takes no mask with sizes in it."""
-    if is_flash_attention_requested(config):
+    """Raises a `ValueError` if the decoder's attention takes no mask with sizes in it, as those that use flash's."""
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    if masks[config._attn_implementation] is masks["flash_attention_2"]:
         raise ValueError(
             f"proportional_attention adds to attention scores, which {config._attn_implementation!r} cannot: load the "
             'model with attn_implementation "sdpa", "flex_attention" or "eager", or pass proportional_attention=False'
