@@ -31,7 +31,7 @@ def main(video: str, name: str, *questions: str) -> None:
     prefix = processor(text="<|im_start|>user <video>\n", videos=video, return_tensors="pt")
     prefix = prefix.to(model.device, model.dtype)
     cache = DynamicCache(config=model.config)
-    model(**prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(**prefix, cache=cache, use_cache=True, logits_to_keep=1)
     print(f"{time.perf_counter() - start:.2f} s for the video, once")
 
     for question in questions:
@@ -39,9 +39,7 @@ def main(video: str, name: str, *questions: str) -> None:
         text = f"{question}<|im_end|><|im_start|>assistant\n"
         new = processor.tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
         ids = torch.cat([prefix["input_ids"], new], dim=1)
-        output = model.generate(
-            input_ids=ids, past_key_values=copy.deepcopy(cache), max_new_tokens=64, do_sample=False
-        )
+        output = model.generate(input_ids=ids, cache=copy.deepcopy(cache), max_new_tokens=64, do_sample=False)
         answer = processor.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         print(f"{time.perf_counter() - start:.2f} s  {question}  {answer.strip()}")
 

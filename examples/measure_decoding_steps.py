@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
+from holitom_hf.models.upstream import CACHE_NAME
 
 
 CONFIG = {
@@ -67,11 +68,12 @@ def main() -> None:
         ours(
             input_ids=ids,
             pixel_values_videos=torch.randn(1, FRAMES, 3, 112, 112),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         plain = DynamicCache()
-        theirs(input_ids=torch.randint(0, 31000, (1, cache.get_seq_length())), past_key_values=plain, use_cache=True)
+        ids_left = torch.randint(0, 31000, (1, cache.get_seq_length()))
+        theirs(input_ids=ids_left, use_cache=True, **{CACHE_NAME: plain})
         length = cache.get_seq_length()
         token = torch.tensor([[5]])
 
@@ -79,9 +81,9 @@ def main() -> None:
         start = time.perf_counter()
         model(
             input_ids=token,
-            past_key_values=past,
             position_ids=torch.tensor([[position]], device=arguments.device),
             use_cache=True,
+            **{CACHE_NAME: past},
         )
         if arguments.device != "cpu":
             torch.cuda.synchronize()

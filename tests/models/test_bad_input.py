@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from holitom_hf import HoliTomConfig
+from holitom_hf.models.upstream import cache_of
 
 from ..conftest import IDENTITY, TOKENS_PER_FRAME, make_prompt, make_video, pad_batch
 
@@ -87,7 +88,7 @@ class TestCalls:
         with pytest.raises(ValueError, match=rf"attention_mask has shape \(1, 30\).*\(1, {length + 1}\)"):
             model(
                 input_ids=torch.tensor([[5]]),
-                past_key_values=outputs.past_key_values,
+                cache=cache_of(outputs),
                 attention_mask=torch.ones(1, 30),
             )
 
@@ -134,9 +135,9 @@ def test_the_model_and_a_cache_stay_usable_after_an_error(model, inputs):
         mask = torch.ones(1, inputs["input_ids"].shape[1] + 1)
         for bad in ({"attention_mask": mask[:, 1:]}, {"attention_mask": mask[None]}):
             with pytest.raises(ValueError, match="attention_mask"):
-                model(input_ids=torch.tensor([[5]]), past_key_values=first.past_key_values, **bad)
-        after = model(input_ids=torch.tensor([[5]]), past_key_values=first.past_key_values).logits
+                model(input_ids=torch.tensor([[5]]), cache=cache_of(first), **bad)
+        after = model(input_ids=torch.tensor([[5]]), cache=cache_of(first)).logits
         again = model(**inputs)
-        fresh = model(input_ids=torch.tensor([[5]]), past_key_values=again.past_key_values).logits
+        fresh = model(input_ids=torch.tensor([[5]]), cache=cache_of(again)).logits
     assert torch.equal(again.logits, expected)
     assert torch.equal(after, fresh)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionForConditionalGeneration
+from holitom_hf.models.upstream import cache_of
 
 from ..conftest import make_prompt, make_video, pad_batch
 
@@ -45,7 +46,7 @@ def test_a_dictionary_changes_the_models_settings_for_a_call(model, settings, in
         for given in (overlay, whole)
     ]
     assert torch.equal(*(output.sequences for output in outputs))
-    lengths = [[output.past_key_values.get_seq_length(layer) for layer in range(5)] for output in outputs]
+    lengths = [[cache_of(output).get_seq_length(layer) for layer in range(5)] for output in outputs]
     assert lengths[0] == lengths[1]
     assert model.config.holitom_config == settings
 

@@ -127,7 +127,7 @@ def test_it_is_the_plain_loop(name, layer, fold, implementation):
             inputs_embeds=embeds,
             position_ids=positions,
             inner_stage=stage_for(layer, 0.5, fold, LENGTH - 2),
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
             **visual_arguments(deep),
         )
@@ -170,7 +170,7 @@ def test_going_on_with_its_cache_is_the_loop_over_everything(name):
         inputs_embeds=embeds,
         position_ids=positions,
         inner_stage=stage_for(3, 0.5, False, LENGTH - 1),
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
     )
     kept = outputs.survivors.row(0).tolist()
@@ -182,7 +182,7 @@ def test_going_on_with_its_cache_is_the_loop_over_everything(name):
             inputs_embeds=new,
             position_ids=given,
             inner_stage=InnerStage(layer=3),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).last_hidden_state
         embeds = torch.cat([embeds, new], 1)

@@ -25,7 +25,7 @@ class StepOnACache(nn.Module):
                 self.register_buffer(f"{name}_{index}", getattr(layer, name), persistent=False)
 
     def forward(self, input_ids, **kwargs):
-        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **kwargs).logits
+        return self.model(input_ids=input_ids, cache=self.cache, use_cache=True, **kwargs).logits
 
 
 @pytest.mark.parametrize("num_new", [1, 3])
@@ -41,7 +41,7 @@ def test_a_step_on_a_compressed_static_cache_is_exported(model, plain, settings,
     }[given]
     cache = StaticCache(model.config, max_cache_len=100)
     with torch.no_grad():
-        model(input_ids=prompt[None], pixel_values_videos=video[None], past_key_values=cache, use_cache=True)
+        model(input_ids=prompt[None], pixel_values_videos=video[None], cache=cache, use_cache=True)
         traced_with = make_prompt(num_new, seed=4)[None]
         program = torch.export.export(StepOnACache(model, cache), (traced_with,), kwargs, strict=True)
         logits = program.module()(new[None], **kwargs)[0]
@@ -57,7 +57,7 @@ def test_a_step_of_padded_rows_is_exported_with_the_mask(model, plain, settings)
     given = {"attention_mask": torch.cat([mask, torch.ones_like(new)], 1)}
     with torch.no_grad():
         pixels = torch.stack(videos)
-        model(input_ids=ids, attention_mask=mask, pixel_values_videos=pixels, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=mask, pixel_values_videos=pixels, cache=cache, use_cache=True)
         program = torch.export.export(StepOnACache(model, cache), (new.flip(0),), given, strict=True)
         logits = program.module()(new, **given)
     for row, (prompt, video) in enumerate(zip(prompts, videos)):

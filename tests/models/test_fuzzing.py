@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
+from holitom_hf.models.upstream import cache_of
 
 from ..conftest import FUZZ_CASES
 from ..reference import PlainModel
@@ -122,7 +123,7 @@ def check_case(grid, rows, config, side, change, seed):
                 input_ids=token,
                 attention_mask=mask,
                 position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=outputs.past_key_values,
+                cache=cache_of(outputs),
                 holitom_config=config,
             )
             if step == 1 and side == "left":

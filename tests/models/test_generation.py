@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation.configuration_utils import CompileConfig
 
 from holitom_hf.bundled.tiny_model import tiny_tokenizer
+from holitom_hf.models.upstream import cache_of
 
 from ..conftest import SMALL, make_prompt, make_video, pad_batch
 from ..reference import PlainGenerator
@@ -117,7 +118,7 @@ class TestOptions:
         for ours, theirs in zip(outputs.logits + outputs.scores, plain.logits + plain.scores):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         # Lengths are those inside: N before stage 3 (layer 2), M from it on, one more with every step.
-        record = outputs.past_key_values.compressed_sequence
+        record = cache_of(outputs).compressed_sequence
         n, m = record.outer_mask.shape[1], record.inner_mask.shape[1]
         assert m < n < batch["input_ids"].shape[1]
         assert [states.shape[1] for states in outputs.hidden_states[0]] == [n, n, n, m, m, m]
@@ -185,10 +186,10 @@ class TestOptions:
 
 
 CACHES = {
-    "DynamicCache of the caller": lambda model: {"past_key_values": DynamicCache()},
-    "DynamicCache of the caller, with a config": lambda model: {"past_key_values": DynamicCache(config=model.config)},
+    "DynamicCache of the caller": lambda model: {"cache": DynamicCache()},
+    "DynamicCache of the caller, with a config": lambda model: {"cache": DynamicCache(config=model.config)},
     "StaticCache": lambda model: {"cache_implementation": "static"},
-    "StaticCache of the caller": lambda model: {"past_key_values": StaticCache(model.config, max_cache_len=120)},
+    "StaticCache of the caller": lambda model: {"cache": StaticCache(model.config, max_cache_len=120)},
     "no cache": lambda model: {"use_cache": False},
 }
 
@@ -223,14 +224,14 @@ class TestCaches:
         similarity = torch.nn.functional.cosine_similarity(outputs.logits[1], exact.logits[1], dim=-1)
         assert torch.equal(outputs.sequences[:, : 1 - NEW], exact.sequences[:, : 1 - NEW])
         assert similarity.min() > 0.9
-        record = outputs.past_key_values.compressed_sequence
-        lengths = [outputs.past_key_values.get_seq_length(layer) for layer in range(5)]
+        record = cache_of(outputs).compressed_sequence
+        lengths = [cache_of(outputs).get_seq_length(layer) for layer in range(5)]
         n, m = record.outer_mask.shape[1], record.inner_mask.shape[1]
         assert lengths == [n + NEW - 1] * 2 + [m + NEW - 1] * 3
 
     def test_layers_from_stage_3_on_hold_less_memory(self, model, upstream, batch):
         kwargs = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True}
-        ours, theirs = (m.generate(**batch, **kwargs).past_key_values for m in (model, upstream))
+        ours, theirs = (cache_of(m.generate(**batch, **kwargs)) for m in (model, upstream))
 
         def size(layer):
             return layer.keys.nbytes + layer.values.nbytes
@@ -244,13 +245,13 @@ class TestCaches:
 
     def test_a_static_cache_can_be_reset_and_used_for_another_prompt(self, model, reference, batch):
         cache = StaticCache(model.config, max_cache_len=120)
-        model.generate(**batch, do_sample=False, max_new_tokens=3, past_key_values=cache)
+        model.generate(**batch, do_sample=False, max_new_tokens=3, cache=cache)
         cache.reset()
-        outputs = model.generate(**batch, do_sample=False, max_new_tokens=NEW, past_key_values=cache)
+        outputs = model.generate(**batch, do_sample=False, max_new_tokens=NEW, cache=cache)
         assert torch.equal(outputs, expected(reference, batch, do_sample=False, max_new_tokens=NEW))
         cache.reset()
         ids = make_prompt(9)[None].expand(2, -1)
-        text = model.generate(input_ids=ids, do_sample=False, max_new_tokens=3, past_key_values=cache)
+        text = model.generate(input_ids=ids, do_sample=False, max_new_tokens=3, cache=cache)
         assert torch.equal(text, model.generate(input_ids=ids, do_sample=False, max_new_tokens=3))
 
 
@@ -264,13 +265,13 @@ class TestTurns:
     def test_a_second_question(self, model, plain, used, batch, cache):
         past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=140)
         greedy = {"do_sample": False, "max_new_tokens": NEW}
-        first = model.generate(**batch, **greedy, past_key_values=past)
+        first = model.generate(**batch, **greedy, cache=past)
         question = torch.stack([make_prompt(4, seed=31), make_prompt(4, seed=32)])
         ids = torch.cat([first, question], 1)
         mask = torch.nn.functional.pad(
             batch["attention_mask"], (0, ids.shape[1] - batch["input_ids"].shape[1]), value=1
         )
-        second = model.generate(input_ids=ids, attention_mask=mask, **greedy, past_key_values=past)
+        second = model.generate(input_ids=ids, attention_mask=mask, **greedy, cache=past)
         whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
         lengths = [len(prompt) for prompt in PROMPTS]
         reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], used, prompt_lengths=lengths)
@@ -283,13 +284,13 @@ class TestTurns:
     def test_padding_inside_a_second_turn(self, model, plain, used, batch, cache):
         past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=140)
         greedy = {"do_sample": False, "max_new_tokens": NEW}
-        first = model.generate(**batch, **greedy, past_key_values=past)
+        first = model.generate(**batch, **greedy, cache=past)
         question, is_question = pad_batch([make_prompt(7, seed=31), make_prompt(3, seed=32)])
         ids = torch.cat([first, question], 1)
         answered = torch.ones(2, NEW, dtype=torch.long)
         mask = torch.cat([batch["attention_mask"], answered, is_question], 1)
         wanted = {"output_logits": True, "return_dict_in_generate": True}
-        second = model.generate(input_ids=ids, attention_mask=mask, **greedy, **wanted, past_key_values=past)
+        second = model.generate(input_ids=ids, attention_mask=mask, **greedy, **wanted, cache=past)
         whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
         lengths = [len(prompt) for prompt in PROMPTS]
         reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], used, prompt_lengths=lengths)
@@ -305,7 +306,7 @@ class TestTurns:
     def test_a_second_video_with_beams(self, model, plain, used, batch, given):
         """Placeholders of the first turn's videos are in the ids, too, but not theirs that are encoded now."""
         past = DynamicCache()
-        first = model.generate(**batch, do_sample=False, max_new_tokens=NEW, past_key_values=past)
+        first = model.generate(**batch, do_sample=False, max_new_tokens=NEW, cache=past)
         past.batch_repeat_interleave(2)
         videos = [make_video(4, seed=33), make_video(4, seed=34), make_video(4, seed=35, num_scenes=1)]
         turn, is_turn = pad_batch(
@@ -319,7 +320,7 @@ class TestTurns:
             "embeddings": lambda: {"inputs_embeds": model.get_input_embeddings()(ids).detach()},
         }[given]()
         second = model.generate(
-            **tokens, attention_mask=mask, pixel_values_videos=torch.stack(videos), **beams, past_key_values=past
+            **tokens, attention_mask=mask, pixel_values_videos=torch.stack(videos), **beams, cache=past
         )
         whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
         reference = PlainGenerator.over(
@@ -336,26 +337,26 @@ class TestTurns:
     def test_only_the_new_tokens_may_be_passed_with_the_whole_mask(self, model, single):
         past = DynamicCache()
         greedy = {"do_sample": False, "max_new_tokens": NEW}
-        first = model.generate(**single, **greedy, past_key_values=past)
+        first = model.generate(**single, **greedy, cache=past)
         copied = copy.deepcopy(past)
         ids = torch.cat([first, make_prompt(4, seed=31)[None]], 1)
-        whole = model.generate(input_ids=ids, **greedy, past_key_values=past)
+        whole = model.generate(input_ids=ids, **greedy, cache=past)
         # The last answered token is not in the cache yet.
         new = ids[:, first.shape[1] - 1 :]
-        short = model.generate(input_ids=new, attention_mask=torch.ones_like(ids), **greedy, past_key_values=copied)
+        short = model.generate(input_ids=new, attention_mask=torch.ones_like(ids), **greedy, cache=copied)
         assert torch.equal(short[:, -NEW:], whole[:, -NEW:])
 
     def test_a_second_video_is_compressed_and_the_first_stays_as_it_was(self, model, plain, used, single):
         """The plain loop chooses each video's survivors by the last token of the turn that brought it."""
         past = DynamicCache()
         greedy = {"do_sample": False, "max_new_tokens": NEW}
-        first = model.generate(**single, **greedy, past_key_values=past)
+        first = model.generate(**single, **greedy, cache=past)
         before = copy.deepcopy(past.compressed_sequence)
         keys = [layer.keys.clone() for layer in past.layers]
         video = make_video(4, seed=33)
         turn = make_prompt(2, "video:4", 5, seed=34)
         ids = torch.cat([first[0], turn])[None]
-        second = model.generate(input_ids=ids, pixel_values_videos=video[None], **greedy, past_key_values=past)
+        second = model.generate(input_ids=ids, pixel_values_videos=video[None], **greedy, cache=past)
         for layer, kept in zip(past.layers, keys):
             assert torch.equal(layer.keys[:, :, : kept.shape[2]], kept)
         record = past.compressed_sequence
@@ -376,11 +377,11 @@ class TestTurns:
         prefix = make_prompt(3, "video:5", 2, seed=35)
         past = DynamicCache()
         with torch.no_grad():
-            model(input_ids=prefix[None], pixel_values_videos=VIDEOS[0][None], past_key_values=past, use_cache=True)
+            model(input_ids=prefix[None], pixel_values_videos=VIDEOS[0][None], cache=past, use_cache=True)
         for seed in (36, 37):
             prompt = torch.cat([prefix, make_prompt(6, seed=seed)])
             outputs = model.generate(
-                input_ids=prompt[None], past_key_values=copy.deepcopy(past), do_sample=False, max_new_tokens=NEW
+                input_ids=prompt[None], cache=copy.deepcopy(past), do_sample=False, max_new_tokens=NEW
             )
             tokens, _ = plain.generate(prompt, [VIDEOS[0]], used, NEW, prompt_length=len(prefix))
             assert torch.equal(outputs[0, len(prompt) :], tokens)
@@ -389,30 +390,30 @@ class TestTurns:
         prefix = make_prompt(3, "video:5", 2, seed=35)
         past = DynamicCache()
         with torch.no_grad():
-            model(input_ids=prefix[None], pixel_values_videos=VIDEOS[0][None], past_key_values=past, use_cache=True)
+            model(input_ids=prefix[None], pixel_values_videos=VIDEOS[0][None], cache=past, use_cache=True)
         past.batch_repeat_interleave(3)
         prompts = torch.stack([torch.cat([prefix, make_prompt(6, seed=seed)]) for seed in (36, 37, 38)])
-        outputs = model.generate(input_ids=prompts, past_key_values=past, do_sample=False, max_new_tokens=NEW)
+        outputs = model.generate(input_ids=prompts, cache=past, do_sample=False, max_new_tokens=NEW)
         for row, prompt in enumerate(prompts):
             tokens, _ = plain.generate(prompt, [VIDEOS[0]], used, NEW, prompt_length=len(prefix))
             assert torch.equal(outputs[row, len(prompt) :], tokens)
 
     def test_rows_that_were_selected_cannot_be_told_and_are_refused(self, model, batch):
         past = DynamicCache()
-        model.generate(**batch, do_sample=False, max_new_tokens=2, past_key_values=past)
+        model.generate(**batch, do_sample=False, max_new_tokens=2, cache=past)
         past.batch_repeat_interleave(2)
         past.batch_select_indices(torch.tensor([0, 1, 2]))
         with pytest.raises(ValueError, match="compressed for 2 rows and is now used with 3: rows can be repeated"):
-            model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=past)
+            model(input_ids=torch.ones(3, 1, dtype=torch.long), cache=past)
 
     def test_another_layer_for_a_later_video_is_refused(self, model, single):
         past = DynamicCache()
-        model.generate(**single, do_sample=False, max_new_tokens=2, past_key_values=past)
+        model.generate(**single, do_sample=False, max_new_tokens=2, cache=past)
         with pytest.raises(ValueError, match="inner_merge_layer is 3, but the cache was compressed from layer 2 on"):
             model(
                 input_ids=make_prompt("video:4", 2)[None],
                 pixel_values_videos=make_video(4, seed=1)[None],
-                past_key_values=past,
+                cache=past,
                 holitom_config={"inner_merge_layer": 3},
             )
 

@@ -7,6 +7,7 @@ import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from holitom_hf import HoliTomConfig
+from holitom_hf.models.upstream import cache_of
 
 from ..conftest import IDENTITY, TOKENS_PER_FRAME, VIDEO_TOKEN, make_prompt, make_video, pad_batch
 
@@ -123,7 +124,7 @@ class TestAgainstThePlainLoop:
                 outputs = model(
                     input_ids=steps[-1].argmax(-1, keepdim=True),
                     attention_mask=mask,
-                    past_key_values=outputs.past_key_values,
+                    cache=cache_of(outputs),
                 )
                 steps.append(outputs.logits[:, -1])
         for row in range(2):
@@ -316,7 +317,7 @@ class TestSettings:
             max_new_tokens=2,
             return_dict_in_generate=True,
         )
-        record = outputs.past_key_values.compressed_sequence
+        record = cache_of(outputs).compressed_sequence
         assert record.merged_videos[0][0].num_tokens <= 0.1 * 6 * TOKENS_PER_FRAME + 6 + 2
         assert model.config.holitom_config.retention_ratio == 0.3
 
@@ -344,7 +345,7 @@ class TestWhatWasDoneIsInspectable:
         lengths = [layer.shape[1] for layer in outputs.hidden_states]
         # hidden_states[i] is what went into layer i, of which the one of stage 3 shortens its own.
         assert lengths == [num_text + num_outer] * 3 + [num_text + num_inner] * 3
-        kept_lengths = [layer.keys.shape[2] for layer in outputs.past_key_values.layers]
+        kept_lengths = [layer.keys.shape[2] for layer in cache_of(outputs).layers]
         assert kept_lengths == [num_text + num_outer] * 2 + [num_text + num_inner] * 3
 
     def test_text_always_survives_stage_3(self, model, batch):

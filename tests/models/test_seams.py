@@ -149,13 +149,13 @@ class TestOwnPlaces:
             own_places(
                 input_ids=first[None],
                 pixel_values_videos=video[None],
-                past_key_values=cache,
+                cache=cache,
                 holitom_config=SETTINGS,
             )
             record = cache.compressed_sequence
             assert record.next_position.tolist() == [[len(first)]]
             assert record.position_offset.tolist() == [0]
-            parts = [own_places(input_ids=part[None], past_key_values=cache).logits for part in more.split([1, 3, 2])]
+            parts = [own_places(input_ids=part[None], cache=cache).logits for part in more.split([1, 3, 2])]
         expected, left = plain_logits(own_places, upstream, torch.cat([first, more]), video)
         torch.testing.assert_close(torch.cat(parts, 1)[0], expected[left >= len(first)], atol=1e-5, rtol=1e-4)
 

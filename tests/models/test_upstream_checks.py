@@ -25,6 +25,7 @@ from holitom_hf import (
     HoliTomLlavaOnevisionForConditionalGeneration,
     HoliTomLlavaOnevisionModel,
 )
+from holitom_hf.models.upstream import cache_of
 
 from ..conftest import SMALL, make_prompt, make_video, pad_batch
 
@@ -93,7 +94,7 @@ def test_hidden_states_and_attentions_have_documented_lengths(inputs):
     model = make(HoliTomLlavaOnevisionForConditionalGeneration)
     model.set_attn_implementation("eager")
     outputs = model.eval()(**inputs, output_hidden_states=True, output_attentions=True)
-    record = outputs.past_key_values.compressed_sequence
+    record = cache_of(outputs).compressed_sequence
     n, m = record.outer_mask.shape[1], record.inner_mask.shape[1]
     assert [states.shape for states in outputs.hidden_states] == [(2, n, 32)] * 3 + [(2, m, 32)] * 3
     assert [weights.shape for weights in outputs.attentions] == [(2, 4, n, n)] * 2 + [(2, 4, m, m)] * 3
@@ -199,7 +200,7 @@ def test_continuing_from_a_returned_cache_is_generating_longer(inputs):
     rest = model.generate(
         input_ids=short.sequences,
         attention_mask=mask,
-        past_key_values=short.past_key_values,
+        cache=cache_of(short),
         **greedy,
         max_new_tokens=3,
     )

@@ -10,6 +10,7 @@ from transformers import StaticCache
 from holitom_hf import HoliTomConfig
 from holitom_hf.merging.inner import merge_hidden_states
 from holitom_hf.merging.outer import merge_video_tokens
+from holitom_hf.models.upstream import CACHE_NAME, cache_of
 from holitom_hf.sequence.packed_rows import PackedRows
 
 from ..conftest import make_prompt, make_video, pad_batch
@@ -44,8 +45,8 @@ def test_a_decoding_step_asks_the_host_for_nothing_that_upstreams_does_not(model
     asked = []
     for tried in (model, upstream):
         with torch.no_grad():
-            past = tried(**inputs, use_cache=True).past_key_values
-            step = {"input_ids": ids[:, -1:], "past_key_values": past, "position_ids": mask.sum(1, keepdim=True)}
+            past = cache_of(tried(**inputs, use_cache=True))
+            step = {"input_ids": ids[:, -1:], CACHE_NAME: past, "position_ids": mask.sum(1, keepdim=True)}
             step |= {"attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)} if padded else {}
             with Watch() as watch:
                 tried(**step)
@@ -65,7 +66,7 @@ def test_a_decoding_step_on_a_static_cache_asks_for_nothing(model, upstream):
             input_ids=ids,
             pixel_values_videos=make_video(5, seed=1)[None],
             max_new_tokens=2,
-            past_key_values=StaticCache(tried.config, max_cache_len=140),
+            **{CACHE_NAME: StaticCache(tried.config, max_cache_len=140)},
             return_dict_in_generate=True,
             do_sample=False,
         )
@@ -74,7 +75,7 @@ def test_a_decoding_step_on_a_static_cache_asks_for_nothing(model, upstream):
             prepared = tried.prepare_inputs_for_generation(
                 tokens,
                 next_sequence_length=1,
-                past_key_values=outputs.past_key_values,
+                **{CACHE_NAME: cache_of(outputs)},
                 position_ids=torch.arange(tokens.shape[1])[None],
                 use_cache=True,
             )

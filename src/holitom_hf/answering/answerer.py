@@ -12,6 +12,7 @@ from ..checkpoints.hub import hub_options
 from ..checkpoints.reading import load_whole
 from ..configuration import HoliTomConfig
 from ..models.registry import backbone_class, backbone_of
+from ..models.upstream import cache_of
 from .savings import cache_bytes, row_savings
 
 
@@ -249,7 +250,7 @@ class Answerer:
             "generate": end - stopwatch.first_token_at,
         }
         [savings] = row_savings(
-            outputs.past_key_values,
+            cache_of(outputs),
             features["attention_mask"],
             [question.encoded.pooler_output.shape[1]],
             self.model.config.text_config,
@@ -261,7 +262,7 @@ class Answerer:
             prompt_length=prompt_length,
             num_frames=question.num_frames,
             num_answer_tokens=len(tokens),
-            cache_bytes=cache_bytes(outputs.past_key_values),
+            cache_bytes=cache_bytes(cache_of(outputs)),
             seconds=seconds,
             **figures,
         )

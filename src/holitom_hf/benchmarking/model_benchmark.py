@@ -16,6 +16,7 @@ from ..merging.outer import merge_videos
 from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
 from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
 from ..models.llava_onevision.processing import HoliTomVideoProcessor
+from ..models.upstream import CACHE_NAME, cache_of
 from ..models.vision_importance import vision_importance
 from ..sequence.compaction import compact_prompt
 from .exact_flops import projector_flops, vision_tower_flops
@@ -130,7 +131,7 @@ def run_model_benchmark(
     frames = num_frames * batch_size
     tower_flops = vision_tower_flops(config.vision_config, frames) + projector_flops(config, frames)
     limit = machine_limits(game.device, dtype).operations_per_second
-    caches = {name: _prefill(model, game)["past_key_values"] for name, model in game.models.items()}
+    caches = {name: cache_of(_prefill(model, game)) for name, model in game.models.items()}
     record = caches["holitom"].compressed_sequence
 
     def own_work():
@@ -268,7 +269,7 @@ def _decoder_call(model, game: Contest) -> Callable:
     handle = model.model.language_model.register_forward_pre_hook(remember, with_kwargs=True)
     _prefill(model, game)
     handle.remove()
-    return lambda: model.model.language_model(**{**seen, "past_key_values": DynamicCache()})
+    return lambda: model.model.language_model(**{**seen, CACHE_NAME: DynamicCache()})
 
 
 def _prefill(model, game: Contest):

@@ -16,6 +16,7 @@ from ..answering.answerer import Answerer
 from ..answering.savings import row_savings
 from ..bundled.questions import VideoQuestion
 from ..configuration import HoliTomConfig
+from ..models.upstream import cache_of
 from ..models.vision import HoliTomVideoFeatures
 from .methods import Run
 
@@ -239,7 +240,7 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
     seconds = (time.perf_counter() - start) / len(questions)
 
     num_visual = [len(video) for video in videos.pooler_output]
-    savings = row_savings(outputs.past_key_values, inputs["attention_mask"], num_visual, model.config.text_config)
+    savings = row_savings(cache_of(outputs), inputs["attention_mask"], num_visual, model.config.text_config)
     results = []
     for row, question in enumerate(questions):
         is_counted = question.id in counted

@@ -15,7 +15,8 @@ from ..sequence.compressed_sequence import CompressedSequence, joined_sizes
 from ..sequence.inner_stage import InnerStage
 from ..sequence.placeholders import cached_length, check_mask, check_position_ids, last_real, token_positions
 from .masks import check_takes_mask
-from .outputs import CompressedOutput
+from .outputs import CompressedOutput, shared_fields
+from .upstream import CACHE_NAME, HAS_ENCODER_OUTPUTS, cache_of
 
 
 class CompressingModelMixin:
@@ -92,9 +93,11 @@ class CompressingModelMixin:
         mask, _ = self.get_placeholder_mask(input_ids, inputs_embeds, image_features=features)
         return inputs_embeds.masked_scatter(mask, features), features
 
-    def media_fields(self, image_features: torch.Tensor | None, video: BaseModelOutputWithPooling | None) -> dict:
-        """Hook: fields of the output that upstream's has, too."""
-        return {}
+    def media_fields(
+        self, image_features: torch.Tensor | None, encoded: dict[str, BaseModelOutputWithPooling]
+    ) -> dict:
+        """Hook: fields of the output that upstream's has, too: what was encoded, since transformers 5.24."""
+        return {f"{kind}_outputs": outputs for kind, outputs in encoded.items()} if HAS_ENCODER_OUTPUTS else {}
 
     def settings_for(self, holitom_config: HoliTomConfig | dict | str | None) -> HoliTomConfig:
         """The settings of a call: the model's, what a dictionary changes of them, or others in their place."""
@@ -106,7 +109,7 @@ class CompressingModelMixin:
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         encoders: dict[str, tuple[str, Callable[[], BaseModelOutputWithPooling]]],
@@ -122,7 +125,7 @@ class CompressingModelMixin:
             input_ids, inputs_embeds: (B, L) or (B, L, D), one of them.
             attention_mask: (B, P+L), P the positions passed before with this cache, dropped ones included.
             position_ids: As for the uncompressed sequence.
-            past_key_values, use_cache: As upstream.
+            cache, use_cache: As upstream.
             mm_encoder_outputs: `"video"` and `"image"` where they are encoded already.
             encoders: For each of `"video"` and `"image"` that comes as pixels, its argument and what encodes it.
             settings: Of this call.
@@ -143,21 +146,21 @@ class CompressingModelMixin:
         if settings.proportional_attention and not settings.is_identity:
             check_takes_mask(self.config.text_config)
         batch_size, num_new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-        past = CompressedSequence.of(past_key_values, num_new)
+        past = CompressedSequence.of(cache, num_new)
         if past is not None:
             past = past.for_batch(batch_size)
         encoded = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
         has_video = "video" in encoders or encoded.get("video") is not None
         is_plain = past is None and (settings.is_identity or not has_video)
         if isinstance(attention_mask, torch.Tensor) and not is_plain and not torch.compiler.is_compiling():
-            seen = past.seen_length(past_key_values) if past is not None else cached_length(past_key_values)
+            seen = past.seen_length(cache) if past is not None else cached_length(cache)
             check_mask(attention_mask, (batch_size, seen + num_new))
         for kind, (argument, encode) in encoders.items():
             if encoded.get(kind) is not None:
                 raise ValueError(f"pass either {argument} or mm_encoder_outputs['{kind}'], not both")
             encoded[kind] = encode()
 
-        decoder_kwargs = {"past_key_values": past_key_values, "use_cache": use_cache, **decoder_kwargs}
+        decoder_kwargs = {CACHE_NAME: cache, "use_cache": use_cache, **decoder_kwargs}
         if is_plain:
             if encoded.get("video") is not None:
                 encoded["video"] = self.upstream_video(encoded["video"])
@@ -177,7 +180,7 @@ class CompressingModelMixin:
         image_features = None
         if encoded.get("image") is not None:
             inputs_embeds, image_features = self.insert_images(input_ids, inputs_embeds, encoded["image"])
-        fields = self.media_fields(image_features, encoded.get("video"))
+        fields = self.media_fields(image_features, encoded)
         if encoded.get("video") is None:
             return self._continue(inputs_embeds, attention_mask, position_ids, past, fields, decoder_kwargs)
         return self._compress(
@@ -204,7 +207,7 @@ class CompressingModelMixin:
         decoder_kwargs: dict,
     ) -> CompressedOutput:
         """A call without a new video on a cache that was compressed: only masks and positions change."""
-        num_new, cache = inputs_embeds.shape[1], decoder_kwargs["past_key_values"]
+        num_new, cache = inputs_embeds.shape[1], decoder_kwargs[CACHE_NAME]
         outer_mask = inner_mask = None
         if isinstance(attention_mask, dict):
             outer_mask = attention_mask
@@ -232,13 +235,7 @@ class CompressingModelMixin:
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=outer_mask, position_ids=position_ids, **decoder_kwargs
         )
-        return self.output_class(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **fields,
-        )
+        return self.output_class(**shared_fields(outputs, self.output_class), **fields)
 
     def _compress(
         self,
@@ -257,7 +254,7 @@ class CompressingModelMixin:
         """A call with videos: merge them, drop the placeholders they no longer need, run the decoder on the rest."""
         batch_size, num_new = inputs_embeds.shape[:2]
         device = inputs_embeds.device
-        num_cached = cached_length(decoder_kwargs["past_key_values"])
+        num_cached = cached_length(decoder_kwargs[CACHE_NAME])
         if past is None:
             past = CompressedSequence.uncompressed(num_cached, attention_mask, batch_size, device)
         past = past.including(num_cached - past.outer_mask.shape[1], attention_mask)
@@ -340,7 +337,7 @@ class CompressingModelMixin:
                 for row, of_row in enumerate(videos_of_row)
             ]
         merged_videos = [[merged[v] for v in of_row] for of_row in videos_of_row]
-        if outputs.past_key_values is not None:
+        if cache_of(outputs) is not None:
             CompressedSequence(
                 full_length=past.full_length + num_new,
                 outer_mask=outer_mask,
@@ -353,12 +350,9 @@ class CompressingModelMixin:
                 inner_sizes=joined_sizes(past.inner_sizes, inner_sizes, past.inner_mask, inner_mask),
                 merged_videos=merged_videos,
                 inner_keep=inner_keep if inner_keep is not None else [None] * batch_size,
-            ).attach(outputs.past_key_values)
+            ).attach(cache_of(outputs))
         return self.output_class(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **shared_fields(outputs, self.output_class),
             merged_videos=merged_videos,
             inner_keep=inner_keep,
             output_index=output_index,

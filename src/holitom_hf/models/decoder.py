@@ -17,6 +17,7 @@ from ..sequence.compressed_sequence import joined_sizes
 from ..sequence.inner_stage import InnerStage, merge_inside
 from ..sequence.packed_rows import PackedRows, take_rows
 from .masks import causal_mask, score_bias
+from .upstream import CACHE_NAME, takes_cache
 
 
 @dataclass
@@ -138,6 +139,7 @@ class HoliTomDecoderMixin:
             return super().forward(*args, **kwargs)
         return self._forward_inner(*args, inner_stage=inner_stage, **kwargs)
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def _forward_inner(
@@ -146,20 +148,20 @@ class HoliTomDecoderMixin:
         inner_stage: InnerStage,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         visual_pos_masks: torch.Tensor | None = None,
         deepstack_visual_embeds: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> HoliTomDecoderOutput:
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         first_inner, merges = inner_stage.layer, inner_stage.videos is not None
         if first_inner is not None:
             self._check_layers(first_inner)
 
         hidden_states = inputs_embeds
-        masks = self._masks_from(hidden_states, attention_mask, past_key_values, 0, inner_stage.sizes)
+        masks = self._masks_from(hidden_states, attention_mask, cache, 0, inner_stage.sizes)
         position_embeddings = self.rotary_emb(hidden_states, self.rotary_positions(position_ids))
         # Layers get only what can't be mistaken for packed rows.
         is_plain = position_ids.ndim == 2 and not inner_stage.has_gaps
@@ -185,18 +187,18 @@ class HoliTomDecoderMixin:
                 sizes = inner_stage.inner_sizes
                 if merges:
                     sizes = joined_sizes(sizes, survivor_sizes, inner_stage.past_mask, survivors.mask)
-                masks = self._masks_from(hidden_states, attention_mask, past_key_values, layer_idx, sizes)
+                masks = self._masks_from(hidden_states, attention_mask, cache, layer_idx, sizes)
 
-            layer_input, layer_cache = hidden_states, past_key_values
+            layer_input, layer_cache = hidden_states, cache
             is_asked = merges and layer_idx + 1 == first_inner
-            if is_asked and past_key_values is not None:
-                layer_cache = _KeyRecorder(past_key_values)
+            if is_asked and cache is not None:
+                layer_cache = _KeyRecorder(cache)
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks[self._layer_type(layer_idx)],
                 position_embeddings=position_embeddings,
-                past_key_values=layer_cache,
                 use_cache=use_cache,
+                **{CACHE_NAME: layer_cache},
                 **layer_kwargs,
             )
             if is_asked:
@@ -208,7 +210,6 @@ class HoliTomDecoderMixin:
 
         return HoliTomDecoderOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
             survivors=survivors,
             sizes=survivor_sizes,
         )
@@ -231,11 +232,11 @@ class HoliTomDecoderMixin:
                 f"choose one of {layers}, or None"
             )
 
-    def _masks_from(self, hidden_states, attention_mask, past_key_values, layer_idx: int, sizes) -> dict:
+    def _masks_from(self, hidden_states, attention_mask, cache, layer_idx: int, sizes) -> dict:
         """The masks of the layers from `layer_idx` on, from a 2D one of their positions or a dict of ready ones."""
         if isinstance(attention_mask, dict):
             return {"full_attention": attention_mask["full_attention" if layer_idx == 0 else "inner_attention"]}
-        return self.layer_masks(hidden_states, attention_mask, past_key_values, layer_idx, sizes)
+        return self.layer_masks(hidden_states, attention_mask, cache, layer_idx, sizes)
 
     @torch.no_grad()
     def received_attention(

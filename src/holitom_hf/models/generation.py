@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput, logging
 from ..sequence.compressed_sequence import CompressedSequence
 from ..sequence.placeholders import cached_length
 from .masks import causal_mask
+from .upstream import CACHE_NAME, cache_of, takes_cache
 
 
 logger = logging.get_logger(__name__)
@@ -40,9 +41,11 @@ class HoliTomGenerationMixin:
         `inner_keep` (as in [`CompressedOutput`]), an entry per returned sequence: what was done to the last videos
         that its cache has seen. `None` where nothing was compressed or there is no cache.
         """
+        if "cache" in kwargs:  # in every release
+            kwargs[CACHE_NAME] = kwargs.pop("cache")
         outputs = super().generate(*args, **kwargs)
         if isinstance(outputs, ModelOutput):
-            record = getattr(outputs.get("past_key_values"), "compressed_sequence", None)
+            record = getattr(cache_of(outputs), "compressed_sequence", None)
             num_sequences = len(outputs.sequences)
             for name in ("merged_videos", "inner_keep"):
                 setattr(outputs, name, None)
@@ -63,7 +66,7 @@ class HoliTomGenerationMixin:
             # Once, not in every step. A dictionary stays one: an assistant's own settings may be others.
             model_kwargs["holitom_config"] = self.model.settings_for(model_kwargs["holitom_config"])
         tokens = model_kwargs.get("input_ids", inputs_tensor)
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
         # A later turn passes the whole conversation, or its new tokens and a mask of the whole.
         total = (
             mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", inputs_tensor.shape[1])
@@ -129,11 +132,12 @@ class HoliTomGenerationMixin:
                     setattr(video, name, [getattr(video, name)[v] for v in order])
         return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, expand_size, inputs_embeds)
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids,
         next_sequence_length=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
@@ -143,32 +147,31 @@ class HoliTomGenerationMixin:
         holds, so that a later turn is cut by the former.
         """
         if is_first_iteration and next_sequence_length is not None:
-            past = CompressedSequence.of(past_key_values, num_new_tokens=2)
+            past = CompressedSequence.of(cache, num_new_tokens=2)
             if past is not None:
                 sequence = inputs_embeds if inputs_embeds is not None else input_ids
-                next_sequence_length = sequence.shape[1] - past.seen_length(past_key_values)
+                next_sequence_length = sequence.shape[1] - past.seen_length(cache)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
     @staticmethod
-    def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, is_first_iteration=False, **kwargs
-    ):
+    @takes_cache
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, is_first_iteration=False, **kwargs):
         """
         Overrides transformers.masking_utils.create_masks_for_generate, for caches that compile: a prompt keeps its 2D
         mask, since what it drops is not known yet; later steps get masks of what the layers hold.
         """
-        past = CompressedSequence.of(past_key_values, num_new_tokens=2 if is_first_iteration else 1)
+        past = CompressedSequence.of(cache, num_new_tokens=2 if is_first_iteration else 1)
         if is_first_iteration:
             return attention_mask
         if past is None:
-            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
         past = past.for_batch(inputs_embeds.shape[0])
         layers = {"full_attention": (0, past.outer_mask, past.outer_sizes)}
         if past.inner_layer is not None:
@@ -180,9 +183,9 @@ class HoliTomGenerationMixin:
                 # causality leaves out those that are not taken.
                 if attention_mask is not None:
                     mask = torch.cat([mask, attention_mask[:, past.full_length :].to(mask)], dim=1)
-                num_places, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], layer_idx)
+                num_places, _ = cache.get_mask_sizes(inputs_embeds.shape[1], layer_idx)
                 mask = F.pad(mask, (0, num_places - mask.shape[1]), value=True)
             else:
                 mask = None
-            masks[name] = causal_mask(config.get_text_config(), inputs_embeds, mask, past_key_values, layer_idx, sizes)
+            masks[name] = causal_mask(config.get_text_config(), inputs_embeds, mask, cache, layer_idx, sizes)
         return masks

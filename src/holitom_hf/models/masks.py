@@ -34,13 +34,7 @@ def causal_mask(
         config = copy.copy(config)
         config._attn_implementation = "eager"
     # No position ids: create_causal_mask would only search them for packed rows, which gaps look like.
-    mask = create_causal_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        layer_idx=layer_idx,
-    )
+    mask = create_causal_mask(config, inputs_embeds, attention_mask, cache, layer_idx=layer_idx)
     return mask if sizes is None else mask + score_bias(sizes, mask.shape[-1]).to(mask)[:, None, None]
 
 

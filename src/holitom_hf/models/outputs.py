@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import ModelOutput
 
 from ..merging.merged_video import MergedVideo
 
@@ -24,3 +25,9 @@ class CompressedOutput:
 
     merged_videos: list[list[MergedVideo]] | None = None
     inner_keep: list[torch.Tensor | None] | None = None
+
+
+def shared_fields(outputs: ModelOutput, output_class: type[ModelOutput]) -> dict:
+    """What `outputs` has of the fields of `output_class`, whatever this release of transformers calls them."""
+    # Not `dataclasses.fields`, which torch.compile can't trace over a class.
+    return {name: value for name, value in outputs.items() if name in output_class.__dataclass_fields__}

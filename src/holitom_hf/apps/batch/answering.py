@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ...answering.answerer import Answerer
 from ...answering.savings import row_savings
+from ...models.upstream import cache_of
 from ...video.sources import MediaSources
 from .inputs import BatchInput, input_ids
 from .records import BatchRecords
@@ -232,7 +233,7 @@ def answer_batch(answerer: Answerer, batch: list[DecodedInput], max_new_tokens: 
         outputs.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     num_visual = (inputs["input_ids"] == model.config.video_token_id).sum(1).tolist()
-    savings = row_savings(outputs.past_key_values, inputs["attention_mask"], num_visual, model.config.text_config)
+    savings = row_savings(cache_of(outputs), inputs["attention_mask"], num_visual, model.config.text_config)
     seconds = (time.perf_counter() - start) / len(batch)
     return [
         item.asked

@@ -11,6 +11,7 @@ from transformers.cli.serving.utils import GenerateManager
 from transformers.utils import logging
 
 from ...answering.savings import row_savings
+from ...models.upstream import cache_of
 from .work import Work
 
 
@@ -101,7 +102,7 @@ class Generation:
             "answer": time.monotonic() - progress.first_token_at,
         }
         num_visual = int((input_ids == self.config.video_token_id).sum())
-        [savings] = row_savings(outputs.past_key_values, attention_mask, [num_visual], self.config.text_config)
+        [savings] = row_savings(cache_of(outputs), attention_mask, [num_visual], self.config.text_config)
         self.work.tokens |= {
             "prompt": input_ids.shape[1],
             "before": num_visual,

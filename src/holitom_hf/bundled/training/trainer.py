@@ -18,6 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from ...models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
 from ...models.llava_onevision.processing import HoliTomProcessor
+from ...models.upstream import CACHE_NAME, cache_of
 from ..questions import NUM_FRAMES, QUESTION_TYPES, draw_set, uniform_times
 from ..scenes import random_clip
 from ..tiny_model import tiny_model, tiny_processor
@@ -291,7 +292,7 @@ class Trainer:
             use_cache=True,
             output_hidden_states=True,
         )
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         cache.batch_repeat_interleave(len(batch.questions[0]))
 
         tokenizer = self.processor.tokenizer
@@ -311,11 +312,11 @@ class Trainer:
         is_real = torch.cat([ids.new_ones(len(ids), prefix.shape[1]), (ids != tokenizer.pad_token_id).long()], 1)
         answered = decoder(
             inputs_embeds=self.model.get_input_embeddings()(ids),
-            past_key_values=cache,
             attention_mask=is_real,
             position_ids=later[None].expand(len(ids), -1),
             use_cache=True,
             output_hidden_states=True,
+            **{CACHE_NAME: cache},
         )
         row, column = (labels >= 0).nonzero(as_tuple=True)
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)

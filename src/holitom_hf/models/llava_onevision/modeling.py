@@ -24,7 +24,9 @@ from ..compression import CompressingModelMixin
 from ..decoder import HoliTomDecoderMixin
 from ..generation import HoliTomGenerationMixin
 from ..language_head import CompressedHeadMixin
+from ..outputs import shared_fields
 from ..pipeline import VideoTextToTextPipeline  # noqa: F401 - as remote code, only imported files travel on
+from ..upstream import CACHE_NAME, HAS_ENCODER_OUTPUTS, takes_cache
 from .configuration import HoliTomLlavaOnevisionConfig
 from .outputs import HoliTomCausalLMOutputWithPast, HoliTomModelOutputWithPast
 from .vision import LlavaOnevisionVisionMixin
@@ -48,6 +50,7 @@ class HoliTomLlavaOnevisionModel(
         # In place of the plain decoder that upstream's __init__ made. (Loading makes both without memory.)
         self.language_model = HoliTomQwen2Model._from_config(config.text_config)
 
+    @takes_cache
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -59,7 +62,7 @@ class HoliTomLlavaOnevisionModel(
         image_sizes_videos: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -125,7 +128,7 @@ class HoliTomLlavaOnevisionModel(
             inputs_embeds,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             use_cache,
             mm_encoder_outputs,
             encoders,
@@ -140,8 +143,11 @@ class HoliTomLlavaOnevisionModel(
             return video
         return BaseModelOutputWithPooling(pooler_output=torch.cat(video.pooler_output)[None])
 
-    def media_fields(self, image_features, video) -> dict:
-        """Overrides CompressingModelMixin.media_fields."""
+    def media_fields(self, image_features, encoded) -> dict:
+        """Overrides CompressingModelMixin.media_fields: before transformers 5.24 outputs have the features alone."""
+        if HAS_ENCODER_OUTPUTS:
+            return super().media_fields(image_features, encoded)
+        video = encoded.get("video")
         video_features = torch.cat(list(video.pooler_output)) if video is not None else None
         return {"image_hidden_states": image_features, "video_hidden_states": video_features}
 
@@ -180,6 +186,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -191,7 +198,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(
         image_sizes_videos: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -234,7 +241,6 @@ class HoliTomLlavaOnevisionForConditionalGeneration(
             batch_num_images=batch_num_images,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -242,6 +248,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(
             vision_batch_size=vision_batch_size,
             prompt_length=prompt_length,
             return_dict=True,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         logits = self.full_length_logits(outputs, logits_to_keep)
@@ -253,13 +260,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(
         return HoliTomCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            video_hidden_states=outputs.video_hidden_states,
-            merged_videos=outputs.get("merged_videos"),
-            inner_keep=outputs.get("inner_keep"),
+            **shared_fields(outputs, HoliTomCausalLMOutputWithPast),
         )
 
     def get_video_features(self, *args, **kwargs):
