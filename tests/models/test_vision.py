@@ -4,6 +4,7 @@ import inspect
 import pytest
 import torch
 from torch.utils import _pytree as pytree
+from transformers.utils import output_capturing
 
 from holitom_hf.models import vision
 from holitom_hf.models.llava_onevision.vision import chunks_on_device
@@ -111,8 +112,10 @@ def test_the_towers_own_outputs_are_upstreams(eager, vision_batch_size, output_h
         mine, wanted = found.get(name), expected.get(name)
         assert (mine is None) == (wanted is None)
         for one, other in zip(mine or (), wanted or (), strict=True):
-            assert (one is None) == (other is None)
-            if other is not None:
+            # transformers 5.21 returns all hidden states, whichever are asked for.
+            if hasattr(output_capturing, "select_hidden_states"):
+                assert (one is None) == (other is None)
+            if one is not None:
                 torch.testing.assert_close(one, other)
 
 
