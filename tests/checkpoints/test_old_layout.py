@@ -12,6 +12,7 @@ import torch
 
 from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
 from holitom_hf.bundled import BUNDLED_MODEL
+from holitom_hf.models.upstream import CACHE_NAME
 
 
 # What 0.1 wrote for the bundled model: settings, code, and BASE where its weights come from.
@@ -75,16 +76,19 @@ def folders(tmp_path_factory):
 def test_all_layouts_answer_alike_without_the_package(folders, inputs, tmp_path):
     assert (folders["old-whole"] / "token_merging.py").exists()
     assert (folders["new-whole"] / "merging_outer.py").exists()
+    if CACHE_NAME != "past_key_values":  # the code of 0.1 knows only releases of transformers before 5.24
+        folders = {name: folder for name, folder in folders.items() if name.startswith("new")}
     torch.save(inputs, tmp_path / "inputs.pt")
     command = [sys.executable, "-c", ANSWER, str(tmp_path / "inputs.pt"), *map(str, folders.values())]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     answers = list(json.loads(run.stdout.splitlines()[-1]).values())
-    assert answers == [answers[0]] * 4
+    assert answers == [answers[0]] * len(folders)
     assert answers[0][2] == "HoliTomProcessor"
     # Each went on with its own code.
-    for name, file in (("old-whole", "token_merging.py"), ("new-whole", "merging_outer.py")):
-        assert (folders[name].parent / f"{name}-again" / file).exists()
+    for name, folder in folders.items():
+        file = "token_merging.py" if name.startswith("old") else "merging_outer.py"
+        assert (folder.parent / f"{name}-again" / file).exists()
 
 
 def test_all_layouts_load_with_the_package(folders, inputs):

@@ -41,7 +41,7 @@ class HoliTomGenerationMixin:
         `inner_keep` (as in [`CompressedOutput`]), an entry per returned sequence: what was done to the last videos
         that its cache has seen. `None` where nothing was compressed or there is no cache.
         """
-        if "cache" in kwargs:  # in every release
+        if "cache" in kwargs:  # which callers may say with every release of transformers
             kwargs[CACHE_NAME] = kwargs.pop("cache")
         outputs = super().generate(*args, **kwargs)
         if isinstance(outputs, ModelOutput):
