@@ -212,6 +212,7 @@ class HoliTomDecoderMixin:
             last_hidden_state=self.norm(hidden_states),
             survivors=survivors,
             sizes=survivor_sizes,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
     def _layer_type(self, layer_idx: int) -> str:
