@@ -53,7 +53,7 @@ def plain_farthest_points(features, importance, settings) -> tuple[list[int], li
                 continue
             if not order:
                 mean = unit[f, candidates].mean(0)
-                scores = {t: float((1 - unit[f, t] @ mean) * weight[t]) for t in left}
+                scores = {t: float(unit[f, t] @ mean) for t in left}
             else:
                 scores = {
                     t: float(min(2 - 2 * unit[f, t] @ unit[f, c] for c in order).clamp_min(0) * weight[t])

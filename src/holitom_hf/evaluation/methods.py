@@ -41,7 +41,8 @@ class Run:
 
 
 def _outer(name: str) -> Callable[[HoliTomConfig, float], HoliTomConfig]:
-    return lambda own, ratio: replace(own, retention_ratio=ratio, outer_method=name, inner_method="none")
+    fields = {"outer_method": name, "inner_method": "none"} | METHODS[name].fields
+    return lambda own, ratio: replace(own, retention_ratio=ratio, **fields)
 
 
 def _fastv(own: HoliTomConfig, ratio: float) -> HoliTomConfig:
@@ -55,7 +56,7 @@ def _rows() -> dict[str, Row]:
         "holitom": ("HoliTom", lambda own, ratio: replace(own, retention_ratio=ratio)),
         "holitom-outer": ("HoliTom w/o stage 3", _outer("holitom")),
     }
-    for group in ("published", "control"):
+    for group in ("ours", "published", "control"):
         for name, method in METHODS.items():
             if method.group == group and name != "holitom":
                 found[method.short_name or name] = (method.label, _outer(name))
@@ -116,10 +117,22 @@ def settings_runs(own: HoliTomConfig, given: list[str | dict], ratios: list[floa
     return list(runs.values())
 
 
+def _places_and_sizes(settings: HoliTomConfig) -> dict[str, HoliTomConfig]:
+    """Settings with and without kept positions and proportional attention."""
+    return {
+        f"{position_ids}, {'sized' if sized else 'plain'}": replace(
+            settings, position_ids=position_ids, proportional_attention=sized
+        )
+        for sized in (False, True)
+        for position_ids in ("packed", "kept")
+    }
+
+
 def ablation_runs(own: HoliTomConfig, num_layers: int, ratio: float = 0.15) -> list[Run]:
-    """The paper's ablations, one field changed at a time, at one retention ratio."""
+    """The paper's ablations and ours, one field changed at a time, at one retention ratio."""
     base = replace(own, retention_ratio=ratio)
     outer = replace(base, inner_method="none")
+    farthest = ROWS["farthest"].settings(own, ratio)
     layers = range(1, num_layers)
     entries: dict[str, dict[str, HoliTomConfig]] = {
         "similarity threshold tau": {
@@ -143,6 +156,17 @@ def ablation_runs(own: HoliTomConfig, num_layers: int, ratio: float = 0.15) -> l
             f"windows of {window}": replace(base, outer_method="fixed_windows", max_segment_frames=window)
             for window in (2, 4, 8, 16)
         },
+        "places and sizes, HoliTom w/o stage 3": _places_and_sizes(outer),
+        "places and sizes, random tokens": _places_and_sizes(replace(outer, outer_method="random_tokens")),
+        "places and sizes, farthest points": _places_and_sizes(farthest),
+        "farthest points": {"as they are": farthest}
+        | {f"at least {n} tokens a frame": replace(farthest, min_frame_tokens=n) for n in (1, 8, 16)}
+        | {f"weighted by importance ^ {w:g}": replace(farthest, importance_weight=w) for w in (0.5, 1.0)}
+        | {
+            f"repeated ones left out, tau = {tau:g}": replace(farthest, similarity_threshold=tau)
+            for tau in (0.8, 0.95)
+        }
+        | {"with stage 3": replace(farthest, inner_method="merge")},
     }
     return [
         Run(f"{group}: {label}", settings, retention_ratio=ratio, ablation=group)

@@ -13,7 +13,7 @@ def farthest_points(
     """
     Orders the tokens of several sets so that each comes as far from those before it as one can.
 
-    The first is the candidate least like the mean of them; then always the one with the largest squared distance to
+    The first is the candidate most like the mean of them; then always the one with the largest squared distance to
     the nearest chosen one, 2 - 2 * cosine similarity, times its weight. Equally far ones come in ascending position.
     One step for all sets at once; the device is never waited for.
 
@@ -28,9 +28,8 @@ def farthest_points(
         came: infinite for the first, -1 for those that are no candidates.
     """
     weight = torch.ones_like(similarity[..., 0]) if weight is None else weight.to(similarity)
-    likeness = (similarity * candidates[:, None]).sum(-1) / candidates.sum(-1, keepdim=True).clamp_min(1)
-    nearest = torch.full_like(likeness, torch.inf)
-    score = (1 - likeness).clamp_min(0) * weight
+    score = (similarity * candidates[:, None]).mean(-1) + 1  # how like the mean of the candidates, not negative
+    nearest = torch.full_like(score, torch.inf)
     is_left = torch.ones_like(candidates)
     order, distance = [], []
     for step in range(num_chosen):

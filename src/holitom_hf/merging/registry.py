@@ -8,8 +8,8 @@ evaluation compares it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .methods.average_pooling import merge_average_pooling
 from .methods.farthest_points import merge_farthest_points
@@ -35,20 +35,28 @@ class Method:
     Attributes:
         merge: Takes a [`VideoTokens`], checked, and the settings. Its `newline` is `None` where no rows end with one.
         label: Its name in tables.
-        group: `"published"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared with it
-            alone).
+        group: `"published"`, `"ours"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared
+            with it alone).
         short_name: What `holitom-hf evaluate --methods` calls it, where that is not its name.
+        fields: Settings that it is meant to be used with; what compares methods sets them.
     """
 
     merge: Callable[[VideoTokens, MergingSettings], MergedVideo]
     label: str
     group: str = "published"
     short_name: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 METHODS = {
     "holitom": Method(merge_holitom, "HoliTom"),
-    "farthest_points": Method(merge_farthest_points, "farthest points"),
+    "farthest_points": Method(
+        merge_farthest_points,
+        "farthest points",
+        "ours",
+        "farthest",
+        {"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
+    ),
     "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
     "visionzip": Method(merge_visionzip, "VisionZip"),
     "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames"),

@@ -95,7 +95,7 @@ class MergingSettings:
     newline_position: str = "end"
     position_ids: str = "packed"
     proportional_attention: bool = False
-    min_frame_tokens: int = 5
+    min_frame_tokens: int = 4
     importance_weight: float = 0.0
 
     # By field: raises an error unless a value is allowed. A subclass with more fields adds theirs.
