@@ -157,7 +157,7 @@ def ablation_runs(own: HoliTomConfig, num_layers: int, ratio: float = 0.15) -> l
             for window in (2, 4, 8, 16)
         },
         "places and sizes, HoliTom w/o stage 3": _places_and_sizes(outer),
-        "places and sizes, random tokens": _places_and_sizes(replace(outer, outer_method="random_tokens")),
+        "places and sizes, random tokens": _places_and_sizes(ROWS["random"].settings(own, ratio)),
         "places and sizes, farthest points": _places_and_sizes(farthest),
         "farthest points": {"as they are": farthest}
         | {f"at least {n} tokens a frame": replace(farthest, min_frame_tokens=n) for n in (1, 8, 16)}

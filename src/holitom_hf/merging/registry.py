@@ -16,6 +16,7 @@ from .methods.farthest_points import merge_farthest_points
 from .methods.fixed_windows import merge_fixed_windows
 from .methods.frame_subsampling import merge_frame_subsampling
 from .methods.holitom import merge_holitom
+from .methods.question_tokens import merge_question_tokens
 from .methods.random_tokens import merge_random_tokens
 from .methods.regular_grid import merge_regular_grid
 from .methods.visionzip import merge_visionzip
@@ -38,6 +39,7 @@ class Method:
         group: `"published"`, `"ours"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared
             with it alone).
         short_name: What `holitom-hf evaluate --methods` calls it, where that is not its name.
+        needs_question: Whether it looks at [`VideoTokens.question`].
         fields: Settings that it is meant to be used with; what compares methods sets them.
     """
 
@@ -45,6 +47,7 @@ class Method:
     label: str
     group: str = "published"
     short_name: str | None = None
+    needs_question: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,8 +58,9 @@ METHODS = {
         "farthest points",
         "ours",
         "farthest",
-        {"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
+        fields={"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
     ),
+    "question_tokens": Method(merge_question_tokens, "tokens like the question", "control", "question", True),
     "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
     "visionzip": Method(merge_visionzip, "VisionZip"),
     "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames"),

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .host_numbers import on_device
+
 
 # On a CPU: frames that are multiplied with each other at once. More would mean more products that nobody needs.
 FRAMES_AT_ONCE = 8
@@ -157,3 +159,34 @@ def segment_frames(
         raise ValueError(f"max_segment_frames must be at least 1 or None, got {max_segment_frames}")
     static_counts = count_static_tokens(similarity_runs(similarity, threshold))
     return choose_segments(static_counts, max_segment_frames)[0]
+
+
+def segment_starts(features: torch.Tensor, threshold: float, max_segment_frames: int | None = None) -> torch.Tensor:
+    """
+    The first frame of each frame's segment, (F,) int64, of the segments that stage 1 cuts (F, T, D) features into.
+
+    Args:
+        features, max_segment_frames: As in [`frame_similarity`] and [`choose_segments`].
+        threshold: tau; at 1 nothing repeats, every frame is a segment, and the host waits for nothing.
+    """
+    if threshold >= 1:
+        return torch.arange(len(features), device=features.device)
+    counts = count_static_tokens(similarity_runs(frame_similarity(features), threshold))
+    segments, _ = choose_segments(counts, max_segment_frames)
+    return on_device([start for start, stop in segments for _ in range(stop - start)], features.device)
+
+
+def repeats_first(unit: torch.Tensor, first: torch.Tensor, threshold: float) -> torch.Tensor:
+    """
+    Which tokens are like the same place of their segment's first frame, so that what drifts slowly is told.
+
+    Args:
+        unit: (F, T, D) features of norm 1.
+        first: (F,) from [`segment_starts`].
+        threshold: Cosine similarity above which they are alike.
+
+    Returns:
+        (F, T) bool; False in the first frames.
+    """
+    is_later = first != torch.arange(len(first), device=first.device)
+    return ((unit * unit[first]).sum(-1) > threshold) & is_later[:, None]

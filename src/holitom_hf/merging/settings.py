@@ -143,6 +143,11 @@ class MergingSettings:
         return self.outer_method != "none" and self.retention_ratio < 1
 
     @property
+    def needs_question(self) -> bool:
+        """Whether what is kept of a video depends on the text it comes with."""
+        return self.has_outer_stage and METHODS[self.outer_method].needs_question
+
+    @property
     def has_inner_stage(self) -> bool:
         """Whether the video is shortened inside the decoder (stage 3)."""
         return self.inner_method != "none" and self.inner_merge_layer is not None and self.inner_merge_ratio > 0

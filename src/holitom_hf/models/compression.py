@@ -1,6 +1,7 @@
 """The compressing forward: what backbones do between vision tower and decoder, and the hooks they fill."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers.cache_utils import Cache
@@ -13,7 +14,14 @@ from ..merging.video_tokens import VideoTokens
 from ..sequence.compaction import compact_prompt
 from ..sequence.compressed_sequence import CompressedSequence, joined_sizes
 from ..sequence.inner_stage import InnerStage
-from ..sequence.placeholders import cached_length, check_mask, check_position_ids, last_real, token_positions
+from ..sequence.placeholders import (
+    assign_videos,
+    cached_length,
+    check_mask,
+    check_position_ids,
+    last_real,
+    token_positions,
+)
 from .masks import check_takes_mask
 from .outputs import CompressedOutput, shared_fields
 from .upstream import CACHE_NAME, HAS_ENCODER_OUTPUTS, cache_of
@@ -263,6 +271,9 @@ class CompressingModelMixin:
             is_real = attention_mask[:, past.full_length :].to(is_real)
 
         # Stages 1 and 2.
+        num_prompt = num_new if prompt_length is None else prompt_length - past.full_length
+        if settings.needs_question:
+            videos = with_questions(videos, inputs_embeds[:, :num_prompt], video_mask, is_real)
         merged, embeddings = merge_videos(videos, settings)
         is_kept = settings.position_ids == "kept"
         if is_kept and settings.has_outer_stage and settings.newline_position == "row":
@@ -314,7 +325,6 @@ class CompressingModelMixin:
                 stage.videos = token_positions(prompt.video_mask, videos_of_row, num_tokens)
                 stage.merge_ratio, stage.fold = settings.inner_merge_ratio, settings.inner_method == "merge"
                 stage.num_real, stage.padding_side = packed.num_kept, packed.padding_side
-                num_prompt = num_new if prompt_length is None else prompt_length - past.full_length
                 stage.query = packed.last_kept.gather(1, last_real(is_real, num_prompt))[:, 0]
             decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
         outputs = self.language_model(
@@ -385,3 +395,23 @@ def in_slot_order(
             tokens = tokens[order]
         ordered.append((video, tokens, taken))
     return tuple(map(list, zip(*ordered)))
+
+
+def with_questions(
+    videos: list[VideoTokens], prompt_embeds: torch.Tensor, video_mask: torch.Tensor, is_real: torch.Tensor
+) -> list[VideoTokens]:
+    """
+    Videos with the text of their rows. It waits for the device, to know which rows those are.
+
+    Args:
+        videos: In the order of the prompts.
+        prompt_embeds: (B, P, D), the prompts of a call of L >= P positions.
+        video_mask, is_real: (B, L) bool, placeholders and what is no padding.
+    """
+    num_placeholders = (video_mask & is_real).sum(1).tolist()
+    is_text = (is_real & ~video_mask)[:, : prompt_embeds.shape[1]]
+    videos = list(videos)
+    for row, of_row in enumerate(assign_videos(num_placeholders, [video.num_slots for video in videos])):
+        for v in of_row:
+            videos[v] = replace(videos[v], question=prompt_embeds[row, is_text[row]])
+    return videos

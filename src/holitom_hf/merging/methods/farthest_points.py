@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ..diversity import farthest_points
-from ..host_numbers import on_device
 from ..merged_video import MergedVideo, take_tokens
-from ..segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
+from ..segmentation import repeats_first, segment_starts
 from ..spatial import masked_positions
 from ..video_tokens import VideoTokens
 
@@ -43,9 +42,8 @@ def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
     features = video.features.detach()[looked]
     unit = F.normalize(features.float(), dim=-1)
 
-    first = _first_of_segment(features, config)  # (L,)
-    number = torch.arange(num_looked, device=device)
-    repeats = ((unit * unit[first]).sum(-1) > config.similarity_threshold) & (first != number)[:, None]  # (L, T)
+    first = segment_starts(features, config.similarity_threshold, config.max_segment_frames)  # (L,)
+    repeats = repeats_first(unit, first, config.similarity_threshold)  # (L, T)
     weight = None
     if config.importance_weight:
         importance = video.importance[looked].float()
@@ -55,7 +53,7 @@ def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
     order, distance = farthest_points(similarity, ~repeats, most, weight)
 
     # Which of them are kept: everybody's share, then the farthest.
-    num_even = num_kept // 2
+    num_even, number = num_kept // 2, torch.arange(num_looked, device=device)
     share = (number + 1) * num_even // num_looked - number * num_even // num_looked
     has_turn = (torch.arange(most, device=device) < share[:, None]) & (distance >= 0)
     by_turn = torch.where(has_turn, torch.inf, distance).flatten().argsort(descending=True, stable=True)
@@ -72,13 +70,3 @@ def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
 
     chosen = looked[chosen // tokens_per_frame] * tokens_per_frame + chosen % tokens_per_frame
     return take_tokens(video, chosen, config.retention_ratio, counts_with[nearest])
-
-
-def _first_of_segment(features: torch.Tensor, config) -> torch.Tensor:
-    """(F, T, D) -> (F,) int64, the first frame of each one's segment."""
-    num_frames, threshold = len(features), config.similarity_threshold
-    if threshold >= 1:  # nothing repeats
-        return torch.arange(num_frames, device=features.device)
-    counts = count_static_tokens(similarity_runs(frame_similarity(features), threshold))
-    segments, _ = choose_segments(counts, config.max_segment_frames)
-    return on_device([start for start, stop in segments for _ in range(stop - start)], features.device)
