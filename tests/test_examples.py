@@ -78,6 +78,32 @@ def test_the_scripts_name_commands_and_options_that_exist():
         subprocess.run(["bash", "-n", str(EXAMPLES / name)], check=True)
 
 
+def test_two_runs_of_lmms_eval_are_compared(tmp_path):
+    def write(run: str, task: str, answers: list[str]) -> None:
+        folder = tmp_path / run / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = [
+            {"doc_id": i, "doc": {"question": "?"}, "target": "a", "filtered_resps": [answer]}
+            | {f"{task}_accuracy": {"pred_answer": answer, "gt_answer": "a", "score": int(answer == "a")}}
+            for i, answer in enumerate(answers)
+        ]
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (folder / f"20260101_000000_samples_{task}.jsonl").write_text(lines)
+
+    write("full", "mvbench", ["a"] * 12)
+    write("short", "mvbench", ["a"] * 6 + ["b"] * 6)
+    write("full", "same", ["a", "b"])
+    write("short", "same", ["a", "b"])
+    write("full", "few", ["a", "b"])
+    write("short", "few", ["b", "a"])
+    output = run(
+        sys.executable, EXAMPLES / "compare_lmms_eval.py", tmp_path / "full", tmp_path / "short", cwd=tmp_path
+    )
+    assert "mvbench: 100.0% -> 50.0% of 12; +0 -6, p = 0.031: a difference" in output
+    assert "same: all 2 answers are the same: the second run is not compressed, or not running" in output
+    assert "few: 50.0% -> 50.0% of 2; +1 -1, p = 1: no difference" in output
+
+
 def test_the_notebook_runs_and_keeps_its_pictures(tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
     nbclient = pytest.importorskip("nbclient")

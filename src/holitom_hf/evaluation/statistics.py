@@ -16,8 +16,13 @@ def mcnemar(ours: list[Result], theirs: list[Result]) -> tuple[int, int, float]:
     right = {result.id: result.is_right for result in theirs}
     pairs = [(result.is_right, right[result.id]) for result in ours if result.id in right]
     won, lost = pairs.count((True, False)), pairs.count((False, True))
+    return won, lost, mcnemar_probability(won, lost)
+
+
+def mcnemar_probability(won: int, lost: int) -> float:
+    """The two-sided probability of counts at least that unequal if each question were as likely to be either."""
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
-    return won, lost, min(1.0, 2 * tail / 2 ** (won + lost))
+    return min(1.0, 2 * tail / 2 ** (won + lost))
 
 
 def is_running(results: list[Result], full: list[Result]) -> bool:
