@@ -278,7 +278,7 @@ class CompressingModelMixin:
         is_kept = settings.position_ids == "kept"
         if is_kept and settings.has_outer_stage and settings.newline_position == "row":
             raise ValueError(
-                'position_ids="kept" needs newline_position="end": newlines of rows have no position there'
+                'position_ids="kept" needs newline_position="end": newlines of rows have no place to keep'
             )
         slots = [tokens.place if is_kept else self.token_slots(tokens, video) for tokens, video in zip(merged, videos)]
         merged, embeddings, slots = in_slot_order(merged, embeddings, slots)
