@@ -20,10 +20,20 @@ def single():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_on_with_its_cache_as_without_one(model, single, method):
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_every_method_goes_on_with_its_cache_as_without_one(model, single, method, num_beams):
     settings = {"outer_method": method, "retention_ratio": 0.2, **OURS}
-    greedy = {"do_sample": False, "max_new_tokens": 5, "holitom_config": settings}
-    assert torch.equal(model.generate(**single, **greedy), model.generate(**single, **greedy, use_cache=False))
+    kwargs = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": 5, "holitom_config": settings}
+    assert torch.equal(model.generate(**single, **kwargs), model.generate(**single, **kwargs, use_cache=False))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_importance_is_computed_for_methods_that_look_at_it(model, method):
+    settings = {"outer_method": method, "retention_ratio": 0.2}
+    encoded = model.get_video_features(VIDEO[None], holitom_config=settings)
+    assert (encoded.importance is not None) == METHODS[method].needs_importance
+    weighted = model.get_video_features(VIDEO[None], holitom_config=settings | {"importance_weight": 1.0})
+    assert weighted.importance is not None
 
 
 def test_places_and_sizes_make_a_difference(model, single):

@@ -190,7 +190,7 @@ def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, setti
     return ForwardFlops(
         vision_tower=vision_tower_flops(config.vision_config, num_frames),
         projector=projector_flops(config, num_frames),
-        importance=importance_flops(config.vision_config, num_frames) if settings.has_outer_stage else 0.0,
+        importance=importance_flops(config.vision_config, num_frames) if settings.needs_importance else 0.0,
         segmentation=segmentation_flops(num_frames, side**2, text.hidden_size) if clusters_videos else 0.0,
         clustering=clustering_flops(plan.num_static, plan.num_clusters, text.hidden_size),
         decoder=decoder_flops(text, layers),

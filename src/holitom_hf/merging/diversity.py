@@ -27,18 +27,21 @@ def farthest_points(
         `order` (S, M) int64; `distance` (S, M) float32, the weighted squared distance that each had when its turn
         came: infinite for the first, -1 for those that are no candidates.
     """
-    weight = torch.ones_like(similarity[..., 0]) if weight is None else weight.to(similarity)
-    score = (similarity * candidates[:, None]).mean(-1) + 1  # how like the mean of the candidates, not negative
-    nearest = torch.full_like(score, torch.inf)
-    is_left = torch.ones_like(candidates)
-    order, distance = [], []
+    weighted = (2 - 2 * similarity).clamp_min_(0)  # (S, N, N), from each token to those whose turn it might be
+    if weight is not None:
+        weighted = weighted * weight.to(weighted)[:, None]
+    is_typical = (similarity * candidates[:, None]).mean(-1) + 1  # not negative
+    score = torch.where(candidates, is_typical, -1.0)
+    each = torch.arange(len(similarity), device=similarity.device)
+    order, distance, chosen = [], [], score.new_full((), -2.0)
     for step in range(num_chosen):
-        score = torch.where(candidates, score, -1.0).masked_fill(~is_left, -2.0)
-        far, index = score.max(-1, keepdim=True)
+        far, index = score.max(-1)
         order.append(index)
-        distance.append(far if step else torch.where(far >= 0, torch.inf, far))
-        is_left = is_left.scatter(1, index, False)
-        row = similarity.gather(1, index[..., None].expand(-1, -1, similarity.shape[-1]))[:, 0]
-        nearest = torch.minimum(nearest, (2 - 2 * row).clamp_min(0))
-        score = nearest * weight
-    return torch.cat(order, 1), torch.cat(distance, 1)
+        distance.append(far)
+        if step == 0:
+            score = torch.where(candidates, torch.inf, -1.0)
+        # What is no candidate, or had its turn, keeps its negative score.
+        score = torch.minimum(score, weighted[each, index]).index_put_((each, index), chosen)
+    order, distance = torch.stack(order, 1), torch.stack(distance, 1)
+    distance[:, 0] = torch.where(distance[:, 0] >= 0, torch.inf, -1.0)
+    return order, distance

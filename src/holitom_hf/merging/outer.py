@@ -82,7 +82,7 @@ def merge_videos(videos: list[VideoTokens], config: MergingSettings) -> tuple[li
     """
     merged, embeddings = [], []
     for index, video in enumerate(videos):
-        if config.has_outer_stage and video.importance is None:
+        if config.needs_importance and video.importance is None:
             raise ValueError(
                 "the encoded videos carry no importance: encode them with this model's get_video_features(..., "
                 "holitom_config=...) and the settings they will be merged with"

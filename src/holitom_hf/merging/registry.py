@@ -39,6 +39,7 @@ class Method:
         group: `"published"`, `"ours"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared
             with it alone).
         short_name: What `holitom-hf evaluate --methods` calls it, where that is not its name.
+        needs_importance: Whether it looks at [`VideoTokens.importance`] whatever the settings are.
         needs_question: Whether it looks at [`VideoTokens.question`].
         fields: Settings that it is meant to be used with; what compares methods sets them.
     """
@@ -47,6 +48,7 @@ class Method:
     label: str
     group: str = "published"
     short_name: str | None = None
+    needs_importance: bool = True
     needs_question: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -58,13 +60,21 @@ METHODS = {
         "farthest points",
         "ours",
         "farthest",
+        needs_importance=False,
         fields={"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
     ),
-    "question_tokens": Method(merge_question_tokens, "tokens like the question", "control", "question", True),
+    "question_tokens": Method(
+        merge_question_tokens,
+        "tokens like the question",
+        "control",
+        "question",
+        needs_importance=False,
+        needs_question=True,
+    ),
     "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
     "visionzip": Method(merge_visionzip, "VisionZip"),
-    "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames"),
-    "random_tokens": Method(merge_random_tokens, "random tokens", "control", "random"),
-    "regular_grid": Method(merge_regular_grid, "regular grid", "control", "grid"),
-    "average_pooling": Method(merge_average_pooling, "average pooling", "control", "pooling"),
+    "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames", needs_importance=False),
+    "random_tokens": Method(merge_random_tokens, "random tokens", "control", "random", needs_importance=False),
+    "regular_grid": Method(merge_regular_grid, "regular grid", "control", "grid", needs_importance=False),
+    "average_pooling": Method(merge_average_pooling, "average pooling", "control", "pooling", needs_importance=False),
 }

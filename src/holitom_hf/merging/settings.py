@@ -143,6 +143,11 @@ class MergingSettings:
         return self.outer_method != "none" and self.retention_ratio < 1
 
     @property
+    def needs_importance(self) -> bool:
+        """Whether what is kept of a video depends on the vision tower's attention."""
+        return self.has_outer_stage and (METHODS[self.outer_method].needs_importance or self.importance_weight > 0)
+
+    @property
     def needs_question(self) -> bool:
         """Whether what is kept of a video depends on the text it comes with."""
         return self.has_outer_stage and METHODS[self.outer_method].needs_question

@@ -107,7 +107,7 @@ class LlavaOnevisionVisionMixin:
             if return_vision_states:
                 states.append((outputs.last_hidden_state, *_selected(outputs.hidden_states, wanted)))
                 attentions.append(outputs.attentions)
-            if settings.has_outer_stage:
+            if settings.needs_importance:
                 received, head_mean = vision_importance(layer, outputs.hidden_states[hidden_index])
                 if vision_feature_select_strategy == "default":
                     received, head_mean = received[:, 1:], head_mean[:, 1:]
