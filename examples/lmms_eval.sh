@@ -2,7 +2,7 @@
 # The paper's four benchmarks with lmms-eval: 32 uniform frames, the authors' conversation, greedy decoding. Needs GPUs,
 # the benchmarks' videos (lmms-eval downloads them, several 100 GB) and the 7B weights.
 #
-#   pip install lmms-eval && pip install holitom-hf     # in this order: see the README
+#   pip install lmms-eval && pip install .     # in this order: see the README
 #   examples/lmms_eval.sh [PRESET] [NUMBER OF GPUS] [TASKS]
 set -euo pipefail
 preset=${1:-llava-onevision-7b-r15}

@@ -132,6 +132,10 @@ class TestInputs:
         assert "there is no folder and no file" in failure(tmp_path / "no.jsonl", tmp_path / "out.jsonl")
         assert "holds no video file" in failure(tmp_path, tmp_path / "out.jsonl", "--question", "What?")
         assert "pass --question" in failure(videos, tmp_path / "out.jsonl")
+        (tmp_path / "one.mp4").write_bytes(b"\xa9")
+        assert "is one video: pass a folder of videos" in failure(tmp_path / "one.mp4", tmp_path / "out.jsonl")
+        (tmp_path / "one.jsonl").write_bytes(b"\xa9")
+        assert "is no JSONL file" in failure(tmp_path / "one.jsonl", tmp_path / "out.jsonl")
 
     def test_a_dataset_that_is_not_there(self, tmp_path, monkeypatch):
         datasets = pytest.importorskip("datasets")
@@ -140,6 +144,10 @@ class TestInputs:
             raise ConnectionError("Couldn't reach 'user/rows' on the Hub")
 
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
+        monkeypatch.setattr("holitom_hf.checkpoints.hub.get_hf_file_metadata", unreachable)
+        error = failure("user/rows", tmp_path / "out.jsonl")
+        assert "no file 'user/rows' here, and the Hub does not answer (Couldn't reach" in error
+        monkeypatch.setattr("holitom_hf.checkpoints.hub.get_hf_file_metadata", lambda *args, **kwargs: None)
         error = failure("user/rows", tmp_path / "out.jsonl")
         assert error.startswith(
             "there is no folder and no file 'user/rows', and no dataset of this name can be read: "

@@ -157,8 +157,9 @@ def test_rows_of_any_settings_are_named_by_what_differs(answerer):
     ]
     assert [run.retention_ratio for run in several] == [own.retention_ratio, 0.05] * 2
     [preset] = settings_runs(own, ["llava-onevision-7b-r10"])
-    assert "retention_ratio=0.1" in preset.name
-    assert preset.settings.retention_ratio == 0.1
+    assert (preset.name, preset.settings.retention_ratio) == ("llava-onevision-7b-r10", 0.1)
+    [lower] = settings_runs(own, ["llava-onevision-7b-r10"], [0.05])
+    assert (lower.name, lower.settings.retention_ratio) == ("llava-onevision-7b-r10 at 0.05", 0.05)
 
 
 @pytest.mark.parametrize(("answer", "truth", "right"), [(" Red.", "red", True), ("red circle", "red", False)])

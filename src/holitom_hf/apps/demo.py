@@ -73,7 +73,7 @@ def main(folder: Annotated[Path, typer.Argument(help="For the clip.")]) -> None:
     console.print(
         f"HoliTom: {short.visual_tokens_before} visual tokens, {short.visual_tokens_outer} before the decoder, "
         f"{short.visual_tokens_inner} from layer {short.inner_merge_layer} on; "
-        f"{short.flops_share:.1%} of the uncompressed prefill's FLOPs (the paper's formula).",
+        f"{short.flops_share:.1%} of the uncompressed decoder's FLOPs (the paper's formula; the last question).",
         soft_wrap=True,
     )
 

@@ -320,7 +320,8 @@ def draw_similarity(axes: Axes, merged: MergedVideo, similarity: torch.Tensor, t
     axes.plot(between, np.median(values, axis=1), color="black", linewidth=1.2, label="median of a frame's tokens")
     if threshold is not None:
         axes.axhline(threshold, color="#009E73", linewidth=1, linestyle=":", label=f"threshold {threshold:g}")
-    for number, (start, _) in enumerate(merged.segments[1:]):
+    cuts = merged.segments[1:] if len(merged.segments) < len(merged.assignment) else []  # not where nothing was joined
+    for number, (start, _) in enumerate(cuts):
         axes.axvline(start + 0.5, color="#CC79A7", linewidth=1.4, linestyle="--", label="cut" if number == 0 else None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlim=(1, len(values) + 1), xlabel="frame", ylim=(min(0.0, values.min()), 1.02))

@@ -4,7 +4,13 @@ import json
 import threading
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 
@@ -36,20 +42,7 @@ def hub_options(checkpoint: str) -> dict:
 def _options(checkpoint: str) -> dict:
     if Path(checkpoint).is_dir():
         return {}
-    failure: list[Exception | None] = []
-
-    def ask():
-        try:
-            get_hf_file_metadata(hf_hub_url(checkpoint, CONFIG_NAME), timeout=SECONDS)
-            failure.append(None)
-        except Exception as error:  # the HTTP library behind huggingface_hub, and its errors, differ by version
-            failure.append(error)
-
-    # In a thread: looking up a name has no time limit of its own.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(SECONDS + 0.5)
-    cause = failure[0] if failure else TimeoutError("no answer")
+    cause = _failure_of(checkpoint, CONFIG_NAME)
     if isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
         raise OSError(
             f"there is no folder {checkpoint} here and no such repository on the Hub; if it is private or gated, "
@@ -64,6 +57,40 @@ def _options(checkpoint: str) -> dict:
             "a local folder"
         ) from cause
     return {"local_files_only": True}
+
+
+def check_dataset(name: str) -> None:
+    """
+    Raises an `OSError` if the Hub, asked once, does not answer or has no such dataset. It is not asked where
+    `HF_HUB_OFFLINE` says so, and datasets come from the cache.
+    """
+    if is_offline_mode():
+        return
+    cause = _failure_of(name, ".gitattributes", repo_type="dataset")
+    if isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
+        raise OSError(f"there is no folder and no file {name!r} here, and no such dataset on the Hub") from cause
+    if cause is not None and not isinstance(cause, HfHubHTTPError):
+        raise OSError(
+            f"there is no folder and no file {name!r} here, and the Hub does not answer ({cause})"
+        ) from cause
+
+
+def _failure_of(repository: str, file: str, repo_type: str | None = None) -> Exception | None:
+    """What keeps the Hub from telling of a file; `None` if it does."""
+    failure: list[Exception | None] = []
+
+    def ask():
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, file, repo_type=repo_type), timeout=SECONDS)
+            failure.append(None)
+        except Exception as error:  # the HTTP library behind huggingface_hub, and its errors, differ by version
+            failure.append(error)
+
+    # In a thread: looking up a name has no time limit of its own.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(SECONDS + 0.5)
+    return failure[0] if failure else TimeoutError("no answer")
 
 
 def _base_of(checkpoint: str, options: dict) -> str | None:

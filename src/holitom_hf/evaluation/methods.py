@@ -96,7 +96,7 @@ def method_runs(own: HoliTomConfig, methods: list[str], ratios: list[float]) -> 
 
 def settings_runs(own: HoliTomConfig, given: list[str | dict], ratios: list[float] | None = None) -> list[Run]:
     """
-    Rows of any settings, named by what differs from the model's own.
+    Rows of any settings, named by their preset or file, or by what differs from the model's own.
 
     Args:
         own: The model's.
@@ -107,12 +107,14 @@ def settings_runs(own: HoliTomConfig, given: list[str | dict], ratios: list[floa
         TypeError, ValueError: If there is no such preset, or a field or its value is not allowed.
     """
     runs = {}
-    for base in (HoliTomConfig.coerce(value, own) for value in given):
+    for value, base in ((value, HoliTomConfig.coerce(value, own)) for value in given):
         for ratio in ratios or [base.retention_ratio]:
             settings = replace(base, retention_ratio=ratio)
             before = own.to_dict()
-            changes = [f"{name}={value}" for name, value in settings.to_dict().items() if value != before[name]]
+            changes = [f"{name}={field}" for name, field in settings.to_dict().items() if field != before[name]]
             name = ", ".join(changes) or "the model's own settings"
+            if isinstance(value, str):
+                name = value if ratio == base.retention_ratio else f"{value} at {ratio:g}"
             runs[name] = Run(name, settings, retention_ratio=ratio)
     return list(runs.values())
 

@@ -1,5 +1,6 @@
 """The tables, claims and plots of an evaluation."""
 
+import itertools
 import json
 import platform
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from ..bundled.questions import QUESTION_TYPES
-from .methods import ROWS, Run
+from .methods import MARKERS, ROWS, Run
 from .running import Result
 from .statistics import is_running, mcnemar
 
@@ -354,6 +355,11 @@ def _plots(rows: list[Row], out: Path) -> list[Path]:
         return [_plot_flops(rows, Figure, out), _plot_types(rows, Figure, out)]
 
 
+def _singles(rows: list[Row]) -> list[Row]:
+    """Rows of settings that were given one by one: points of their own."""
+    return [row for row in rows if row.method is None and row.ablation is None]
+
+
 def _plot_flops(rows: list[Row], figure_class, out: Path) -> Path:
     figure = figure_class(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -372,6 +378,10 @@ def _plot_flops(rows: list[Row], figure_class, out: Path) -> Path:
         flops = [100 * row.flops_share for row in own]
         style = {"color": method.color, "marker": method.marker, "label": method.label, "capsize": 2}
         axes.errorbar(flops, middle, errors, linewidth=2.2 if name in TO_KEEP else 1.3, elinewidth=0.7, **style)
+    for row, marker in zip(_singles(rows), itertools.cycle(MARKERS)):
+        error = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
+        style = {"color": "black", "marker": marker, "label": _name(row), "capsize": 2, "linestyle": "none"}
+        axes.errorbar(100 * row.flops_share, 100 * row.accuracy, error, elinewidth=0.7, **style)
     axes.set(xscale="log", xlabel="FLOPs of the decoder, % of the uncompressed model's", ylabel="accuracy, %")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
@@ -403,6 +413,9 @@ def _plot_types(rows: list[Row], figure_class, out: Path) -> Path:
                     linewidth=2 if name in TO_KEEP else 1,
                     label=method.label,
                 )
+        for row, marker in zip(_singles(rows), itertools.cycle(MARKERS)):
+            place = 100 * row.flops_share, 100 * row.by_type[kind][0]
+            axes.plot(*place, color="black", marker=marker, markersize=4, linestyle="none", label=_name(row))
         axes.set(xscale="log", title=kind)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a narrow panel has no room for all of a decade
         axes.xaxis.set_major_formatter("{x:g}")

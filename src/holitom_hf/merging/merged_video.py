@@ -59,8 +59,9 @@ class MergedVideo:
         num_frames, tokens_per_frame = self.assignment.shape
         kinds = self.kind.tolist()
         counts = (f"{kinds.count(kind)} {kind.name.lower()}" for kind in TokenKind if kind in kinds)
+        segments = f"{len(self.segments)} segment" + "s" * (len(self.segments) != 1)
         return (
-            f"MergedVideo({num_frames} frames of {tokens_per_frame} tokens in {len(self.segments)} segments -> "
+            f"MergedVideo({num_frames} frames of {tokens_per_frame} tokens in {segments} -> "
             f"{self.num_tokens} tokens: {', '.join(counts)})"
         )
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
+from ...checkpoints.hub import check_dataset
+
 
 VIDEO_SUFFIXES = {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 
@@ -119,8 +121,14 @@ def _folder_id(path: Path) -> str:
 
 
 def _jsonl_inputs(path: Path, question: str | None) -> list[BatchInput]:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        raise ValueError(f"{str(path)!r} is one video: pass a folder of videos, or a JSONL file that names them")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no JSONL file ({error})") from error
     inputs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{str(path)!r}, line {number}"
@@ -157,6 +165,7 @@ def _dataset(source: str, split: str):
         return found
     if Path(source).suffix or Path(source).is_absolute() or source.startswith("."):
         raise FileNotFoundError(f"there is no folder and no file {source!r}")
+    check_dataset(source)
     try:
         return datasets.load_dataset(source, split=split)
     except (OSError, ValueError) as error:

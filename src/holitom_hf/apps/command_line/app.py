@@ -76,6 +76,8 @@ def answer(
         return contextlib.nullcontext() if as_json else console.status(text)
 
     with one_line_errors():
+        if not question.strip():
+            raise ValueError("the question is empty: ask something about the video")
         name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         with step("Loading torch and transformers"):

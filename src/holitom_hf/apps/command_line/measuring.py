@@ -140,8 +140,12 @@ def flops(
         print(
             f"\n{frames} frames, {text_tokens} tokens of text, R = {config.holitom_config.retention_ratio:.0%}. The "
             "paper's formula counts a multiplication and its addition\nas one operation, the exact rows as two, as "
-            f"torch does. Exact for scenes of 8 frames in which {redundancy:.0%} of the tokens repeat."
+            "torch does."
         )
+        if config.holitom_config.outer_method == "holitom":
+            print(f"Exact for scenes of 8 frames in which {redundancy:.0%} of the tokens repeat.")
+        elif config.holitom_config.has_outer_stage:
+            print(f"What {config.holitom_config.outer_method} itself computes before the decoder is not counted.")
 
 
 @app.command()
