@@ -118,6 +118,19 @@ def test_no_kept_set_of_its_size_is_covered_twice_as_well():
     assert best <= radius(order[0].tolist()) <= 2 * best
 
 
+def test_over_the_whole_video_it_is_the_plain_loop():
+    features, importance = video(5, 9, seed=7)
+    settings = MergingSettings(outer_method="video_farthest_points", retention_ratio=0.3)
+    merged = merge_video_tokens(features, importance, settings)
+    unit = F.normalize(features.flatten(0, 1), dim=-1)
+    mean = unit.mean(0)
+    kept = [max(range(45), key=lambda i: float(unit[i] @ mean))]
+    while len(kept) < round(0.3 * 45):
+        left = [i for i in range(45) if i not in kept]
+        kept.append(min(left, key=lambda i: max(float(unit[i] @ unit[k]) for k in kept)))
+    assert merged.place.tolist() == sorted(kept)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("newline_position", ["end", "row"])
 def test_sizes_are_of_all_the_tokens_there_were(method, newline_position):

@@ -19,6 +19,7 @@ from .methods.holitom import merge_holitom
 from .methods.question_tokens import merge_question_tokens
 from .methods.random_tokens import merge_random_tokens
 from .methods.regular_grid import merge_regular_grid
+from .methods.video_farthest_points import merge_video_farthest_points
 from .methods.visionzip import merge_visionzip
 
 
@@ -73,6 +74,13 @@ METHODS = {
     ),
     "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
     "visionzip": Method(merge_visionzip, "VisionZip"),
+    "video_farthest_points": Method(
+        merge_video_farthest_points,
+        "farthest points of the video",
+        "control",
+        "farthest-video",
+        needs_importance=False,
+    ),
     "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames", needs_importance=False),
     "random_tokens": Method(merge_random_tokens, "random tokens", "control", "random", needs_importance=False),
     "regular_grid": Method(merge_regular_grid, "regular grid", "control", "grid", needs_importance=False),
