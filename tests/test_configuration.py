@@ -25,6 +25,10 @@ DEFAULTS = {
     "outer_method": "holitom",
     "inner_method": "merge",
     "newline_position": "end",
+    "position_ids": "packed",
+    "proportional_attention": False,
+    "min_frame_tokens": 4,
+    "importance_weight": 0.0,
     "base_model_name_or_path": None,
     "base_model_revision": None,
 }
@@ -45,9 +49,12 @@ OUT_OF_RANGE = [
     ("contextual_ratio", 1.1, "[0, 1]"),
     ("inner_merge_layer", 0, "an integer >= 1 or None"),
     ("inner_merge_ratio", 1.0, "0 <= r < 1"),
-    ("outer_method", "fastv", "'visionzip', 'frame_subsampling', 'random_tokens', 'average_pooling', 'none'"),
+    ("outer_method", "fastv", "'random_tokens', 'regular_grid', 'average_pooling', 'none'"),
     ("inner_method", "fold", "'merge', 'prune', 'none'"),
     ("newline_position", "column", "'end', 'row'"),
+    ("position_ids", "moved", "'packed', 'kept'"),
+    ("min_frame_tokens", 0, "an integer >= 1"),
+    ("importance_weight", -0.5, "w >= 0"),
 ]
 WRONG_TYPE = [
     ("retention_ratio", "0.15", "a number"),
@@ -56,6 +63,7 @@ WRONG_TYPE = [
     ("max_segment_frames", 4.0, "an integer >= 1 or None"),
     ("cluster_neighbors", None, "an integer >= 1"),
     ("inner_merge_layer", "18", "an integer >= 1 or None"),
+    ("proportional_attention", 1, "True or False"),
     ("base_model_name_or_path", 7, "a non-empty string or None"),
 ]
 
@@ -103,7 +111,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     given = {"retention_ratio": np.float32(0.25), "similarity_threshold": np.float64(0.5)}
     config = HoliTomConfig(**given, max_segment_frames=np.int64(4), inner_merge_layer=np.uint8(2))
     assert config == HoliTomConfig(0.25, 0.5, 4, inner_merge_layer=2)
-    assert {type(value) for value in config.to_dict().values()} == {float, int, str, type(None)}
+    assert {type(value) for value in config.to_dict().values()} == {float, int, str, bool, type(None)}
     config.save_pretrained(tmp_path)
     assert HoliTomConfig.from_pretrained(tmp_path) == config
     with pytest.raises(TypeError, match="retention_ratio must be a number"):
@@ -152,16 +160,36 @@ PAPER = {
     "llava-video-7b-r15": {"newline_position": "row"},
     "llava-onevision-0.5b-r15": {"inner_merge_layer": 15},
 }
+FARTHEST = {
+    "outer_method": "farthest_points",
+    "inner_method": "none",
+    "inner_merge_layer": None,
+    "similarity_threshold": 1.0,
+    "position_ids": "kept",
+    "proportional_attention": True,
+}
+PRESETS = PAPER | {
+    "farthest-points-r25": FARTHEST | {"retention_ratio": 0.25},
+    "farthest-points-r15": FARTHEST,
+    "farthest-points-r10": FARTHEST | {"retention_ratio": 0.10},
+    "farthest-points-r05": FARTHEST | {"retention_ratio": 0.05},
+    "uncompressed": {
+        "retention_ratio": 1.0,
+        "outer_method": "none",
+        "inner_method": "none",
+        "inner_merge_layer": None,
+    },
+}
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_presets_are_found_by_name_and_hold_the_papers_settings(name):
-    assert HoliTomConfig.from_preset(name) == HoliTomConfig(**PAPER[name])
-    assert HoliTomConfig.from_pretrained(HoliTomConfig.presets()[name]) == HoliTomConfig(**PAPER[name])
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_found_by_name_and_hold_the_papers_settings_or_ours(name):
+    assert HoliTomConfig.from_preset(name) == HoliTomConfig(**PRESETS[name])
+    assert HoliTomConfig.from_pretrained(HoliTomConfig.presets()[name]) == HoliTomConfig(**PRESETS[name])
 
 
 def test_all_presets_are_tested_and_an_unknown_one_is_answered_with_the_list():
-    assert set(HoliTomConfig.presets()) == set(PAPER)
+    assert set(HoliTomConfig.presets()) == set(PRESETS)
     with pytest.raises(ValueError, match=r"no HoliTom preset or file 'r15'; presets: .*llava-onevision-7b-r15"):
         HoliTomConfig.from_preset("r15")
 
@@ -192,7 +220,7 @@ def test_for_every_presets_layer_its_decoder_is_known():
 def test_presets_are_listed_without_torch():
     code = "import sys; from holitom_hf.presets import preset_files; print(*preset_files(), 'torch' in sys.modules)"
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(listed) == {*PAPER, "False"}
+    assert set(listed) == {*PRESETS, "False"}
 
 
 def test_where_the_package_is_not_installed_a_presets_name_says_so(monkeypatch):

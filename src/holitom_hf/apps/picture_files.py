@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..answering.answerer import Answerer
 from ..configuration import HoliTomConfig
 from ..merging.merged_video import MergedVideo
-from ..merging.outer import merge_video_tokens
+from ..merging.outer import merge_tokens
 from ..merging.segmentation import frame_similarity
 from ..video.encoding import write_video
 from .visualization import (
@@ -92,14 +92,11 @@ def merge_frames(
     prompt = answerer.prepare(frames, question).features
     pixels = prompt["pixel_values_videos"].to(model.device, model.dtype)
     encoded = model.get_video_features(pixels, vision_batch_size=32, holitom_config=settings, return_dict=True)
-    importance = encoded.importance[0]
-    features = encoded.pooler_output[0]
-    tokens = features[:-1].view(*importance.shape, -1)
-    keys = encoded.attention_keys[0] if encoded.attention_keys is not None else None
-    merged = merge_video_tokens(tokens, importance, settings, newline=features[-1], keys=keys)
+    [tokens] = model.model.video_tokens(encoded)
+    merged, similarity = merge_tokens(tokens, settings), frame_similarity(tokens.features)
     pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
-    view = MergingView("video", pictures, merged, frame_similarity(tokens), settings.similarity_threshold)
-    if not settings.has_inner_stage:
+    view = MergingView("video", pictures, merged, similarity, settings.similarity_threshold)
+    if not (settings.has_inner_stage or settings.needs_question):
         return view
     input_ids = prompt["input_ids"].to(model.device)
     outputs = model.generate(
@@ -111,11 +108,15 @@ def merge_frames(
         do_sample=False,
         return_dict_in_generate=True,
     )
+    merged = outputs.merged_videos[0][0]  # in the order of the prompt
+    view = replace(view, merged=merged, question=question)
+    if not settings.has_inner_stage:
+        return view
     # The video's tokens stand where its first placeholder is.
     first = int((input_ids[0] == model.config.video_token_id).int().argmax())
     kept = outputs.inner_keep[0].to(merged.frame.device) - first
     survives = torch.isin(torch.arange(merged.num_tokens, device=kept.device), kept)
-    return replace(view, question=question, survives=survives, fold=settings.inner_method == "merge")
+    return replace(view, survives=survives, fold=settings.inner_method == "merge")
 
 
 def view_merging(

@@ -3,6 +3,13 @@
 import torch
 
 
+def cosine_similarity(tokens: torch.Tensor) -> torch.Tensor:
+    """(S, N, D) -> (S, N, N), of the tokens of each set with each other; the products hold the norms, too."""
+    products = tokens @ tokens.mT
+    norms = products.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
+    return products.div_(norms[:, :, None]).div_(norms[:, None])
+
+
 @torch.no_grad()
 def farthest_points(
     similarity: torch.Tensor,

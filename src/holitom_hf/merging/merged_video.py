@@ -177,6 +177,8 @@ class MergedVideo:
 
     def in_order_of(self, order: torch.Tensor) -> "MergedVideo":
         """The same tokens in another order: `order` (N,) int64 names the token that comes first, second, ..."""
+        if len(order) == 0:
+            return self
         number = torch.empty_like(order)
         number[order] = torch.arange(len(order), device=order.device)
         contributions = self.contributions

@@ -176,17 +176,20 @@ def segment_starts(features: torch.Tensor, threshold: float, max_segment_frames:
     return on_device([start for start, stop in segments for _ in range(stop - start)], features.device)
 
 
-def repeats_first(unit: torch.Tensor, first: torch.Tensor, threshold: float) -> torch.Tensor:
+def repeats_first(features: torch.Tensor, first: torch.Tensor, threshold: float) -> torch.Tensor:
     """
     Which tokens are like the same place of their segment's first frame, so that what drifts slowly is told.
 
     Args:
-        unit: (F, T, D) features of norm 1.
+        features: (F, T, D).
         first: (F,) from [`segment_starts`].
         threshold: Cosine similarity above which they are alike.
 
     Returns:
         (F, T) bool; False in the first frames.
     """
+    if threshold >= 1:
+        return torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
     is_later = first != torch.arange(len(first), device=first.device)
-    return ((unit * unit[first]).sum(-1) > threshold) & is_later[:, None]
+    similarity = torch.cosine_similarity(features.float(), features[first].float(), dim=-1)
+    return (similarity > threshold) & is_later[:, None]

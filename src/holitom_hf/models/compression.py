@@ -390,7 +390,7 @@ def in_slot_order(
             order = taken.argsort()
             video, taken = video.in_order_of(order), taken[order]
             if len(tokens) > len(order):
-                end = torch.full_like(taken[:1], video.num_input_tokens)
+                end = taken.new_full((1,), video.num_input_tokens)
                 taken, order = torch.cat([taken, end]), torch.cat([order, torch.full_like(end, len(order))])
             tokens = tokens[order]
         ordered.append((video, tokens, taken))

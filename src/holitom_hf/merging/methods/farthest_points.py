@@ -1,9 +1,8 @@
 """The tokens of every frame that are most unlike each other, each standing for what is most like it."""
 
 import torch
-import torch.nn.functional as F
 
-from ..diversity import farthest_points
+from ..diversity import cosine_similarity, farthest_points
 from ..merged_video import MergedVideo, take_tokens
 from ..segmentation import repeats_first, segment_starts
 from ..spatial import masked_positions
@@ -39,16 +38,15 @@ def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
     num_looked = max(1, num_kept // config.min_frame_tokens, -(-num_kept // tokens_per_frame))
     num_looked = min(num_frames, num_looked)
     looked = (2 * torch.arange(num_looked, device=device) + 1) * num_frames // (2 * num_looked)  # (L,)
-    features = video.features.detach()[looked]
-    unit = F.normalize(features.float(), dim=-1)
+    features = video.features.detach() if num_looked == num_frames else video.features.detach()[looked]
 
     first = segment_starts(features, config.similarity_threshold, config.max_segment_frames)  # (L,)
-    repeats = repeats_first(unit, first, config.similarity_threshold)  # (L, T)
+    repeats = repeats_first(features, first, config.similarity_threshold)  # (L, T)
     weight = None
     if config.importance_weight:
         importance = video.importance[looked].float()
         weight = (importance / importance.mean(1, keepdim=True)).pow(config.importance_weight)
-    similarity = unit @ unit.mT  # (L, T, T)
+    similarity = cosine_similarity(features.float())  # (L, T, T)
     most = min(tokens_per_frame, LARGEST_SHARE * -(-num_kept // num_looked))
     order, distance = farthest_points(similarity, ~repeats, most, weight)
 
