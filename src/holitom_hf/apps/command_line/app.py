@@ -105,7 +105,10 @@ def _summary(result) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
-    table.add_row("frames", f"{result.num_frames}, in {result.num_segments} segments")
+    is_cut = result.num_segments < result.num_frames  # else nothing was joined
+    table.add_row(
+        "frames", f"{result.num_frames}, in {result.num_segments} segments" if is_cut else f"{result.num_frames}"
+    )
     tokens = f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder"
     if result.inner_merge_layer is not None:
         tokens += f" -> {result.visual_tokens_inner} from layer {result.inner_merge_layer} on"
