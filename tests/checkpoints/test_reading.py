@@ -83,12 +83,13 @@ def test_a_broken_checkpoint_is_refused_in_one_line_and_nothing_is_written(demo,
 
 UNREACHABLE = "http://127.0.0.1:9"  # where nothing listens
 RUN = """
-import sys
+import sys, time
 from holitom_hf.apps.command_line.app import app
+start = time.perf_counter()
 try:
     app(sys.argv[1:], standalone_mode=True)
 finally:
-    print(*(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
+    print(*(name for name in ("torch", "transformers", "numpy") if name in sys.modules), time.perf_counter() - start)
 """
 NAME = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
 COMMANDS = {
@@ -110,7 +111,7 @@ def hub():
 
 
 def refusal(arguments: list[str], folder: Path, endpoint: str) -> str:
-    """The one line that a command ends with, before anything heavy is imported."""
+    """The one line that a command ends with, within 5 seconds and before anything heavy is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")}
     run = subprocess.run(
@@ -124,7 +125,9 @@ def refusal(arguments: list[str], folder: Path, endpoint: str) -> str:
     assert run.returncode == 1, run.stderr
     [line] = run.stderr.strip().splitlines()
     assert line.startswith("error: ")
-    assert run.stdout.split() == []
+    *heavy, seconds = run.stdout.split()
+    assert heavy == []
+    assert float(seconds) < 5
     return line
 
 

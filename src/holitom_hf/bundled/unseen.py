@@ -190,7 +190,7 @@ def _path(random, interval, x: float, y: float, radius: float) -> tuple[np.ndarr
     elif kind == "accelerating":
         along = share**2
     else:
-        along, direction = np.sin(np.pi * share), direction
+        along = np.sin(np.pi * share)
     forward = np.array(DIRECTIONS[direction])
     steps = np.outer(along, forward) + np.outer(across, forward[::-1])
     places = np.array([x, y]) + random.uniform(0.35, 0.6) * steps
