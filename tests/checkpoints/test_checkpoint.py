@@ -247,7 +247,7 @@ class TestConfigOnly:
     def test_it_is_small_and_takes_its_weights_from_the_base(self, model, base, tmp_path, inputs):
         folder = self.make(base, tmp_path / "small")
         assert not list(folder.glob("*.safetensors"))
-        assert sum(file.stat().st_size for file in folder.iterdir()) < 250_000
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 220_000
         assert (folder / "README.md").read_text().startswith("---\n")
         loaded = load(HoliTomLlavaOnevisionForConditionalGeneration, folder)
         assert loaded.config.holitom_config.base_model_name_or_path == str(base)

@@ -111,7 +111,7 @@ def test_settings_models_and_config_only_checkpoints_go_through_the_hub(demo, hu
     assert {"model.safetensors", "config.json", "modeling_holitom.py", "README.md", "tokenizer.json"} <= set(whole)
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     assert not any(name.endswith(".safetensors") for name in small)
-    assert sum(map(len, small.values())) < 250_000
+    assert sum(map(len, small.values())) < 220_000
     assert hub.repositories["user/secret"].is_private
 
     # The model card says what it is, and its snippet runs.
