@@ -29,7 +29,7 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
     `"holitom_config"`, or on their own as `holitom_config.json`.
 
     Args:
-        retention_ratio ... importance_weight: As in [`MergingSettings`].
+        retention_ratio ... vision_drift_guard: As in [`MergingSettings`].
         base_model_name_or_path: Where a config-only checkpoint takes its weights from.
         base_model_revision: Revision of that repository.
 

@@ -95,7 +95,7 @@ def figures_text(answer: Answer, peak_memory: int | None, settings: HoliTomConfi
     )
     own = f"R = {100 * settings.retention_ratio:g} %, tau = {settings.similarity_threshold:g}"
     rows = [
-        ("set", "all tokens" if settings.is_identity else own),
+        ("set", own if settings.shortens else "all tokens"),
         ("video tokens", f"{answer.visual_tokens_outer} of {answer.visual_tokens_before}{after}"),
         ("prefill FLOPs", f"{answer.flops_share:.1%}"),
         ("first token", f"{seconds['encode'] + seconds['first_token']:.2f} s ({seconds['encode']:.2f} s vision)"),

@@ -191,5 +191,9 @@ def repeats_first(features: torch.Tensor, first: torch.Tensor, threshold: float)
     if threshold >= 1:
         return torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
     is_later = first != torch.arange(len(first), device=first.device)
-    similarity = torch.cosine_similarity(features.float(), features[first].float(), dim=-1)
-    return (similarity > threshold) & is_later[:, None]
+    at_once = max(1, COMPARED_BYTES // (12 * features[0].numel()))
+    similarity = [
+        torch.cosine_similarity(frames.float(), features[starts].float(), dim=-1)
+        for frames, starts in zip(features.split(at_once), first.split(at_once))
+    ]
+    return (torch.cat(similarity) > threshold) & is_later[:, None]

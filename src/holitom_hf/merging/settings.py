@@ -76,6 +76,10 @@ class MergingSettings:
         min_frame_tokens: Tokens below which a frame is rather left out than shown, of methods that know how.
         importance_weight: Exponent of the importance that distances are weighted with, of methods that choose by
             distance; 0: importance does not matter.
+        vision_reuse_layer: Layers of the vision tower after which it computes only what changes, at least 1; `None`:
+            it computes every patch of every frame.
+        vision_reuse_threshold: Cosine similarity above which a patch repeats the next frame's there.
+        vision_drift_guard: Whether a patch that repeats must be that like the one of its segment's first frame, too.
 
     Raises:
         TypeError, ValueError: When made or changed, naming the field, the value and what is allowed. A field that
@@ -97,6 +101,9 @@ class MergingSettings:
     proportional_attention: bool = False
     min_frame_tokens: int = 4
     importance_weight: float = 0.0
+    vision_reuse_layer: int | None = None
+    vision_reuse_threshold: float = 0.95
+    vision_drift_guard: bool = True
 
     # By field: raises an error unless a value is allowed. A subclass with more fields adds theirs.
     checks: ClassVar[dict[str, Any]] = {
@@ -115,6 +122,9 @@ class MergingSettings:
         "proportional_attention": check_boolean,
         "min_frame_tokens": lambda *field: check_integer(*field, minimum=1, is_optional=False),
         "importance_weight": lambda *field: check_number(*field, "with w >= 0", lambda value: value >= 0),
+        "vision_reuse_layer": lambda *field: check_integer(*field, minimum=1, is_optional=True),
+        "vision_reuse_threshold": lambda *field: check_number(*field, "in [-1, 1]", lambda value: -1 <= value <= 1),
+        "vision_drift_guard": check_boolean,
     }
 
     # By layer of stage 3: the depth of the decoder it was chosen for (Qwen2 0.5B, 7B and 72B).
@@ -158,9 +168,19 @@ class MergingSettings:
         return self.inner_method != "none" and self.inner_merge_layer is not None and self.inner_merge_ratio > 0
 
     @property
+    def has_vision_stage(self) -> bool:
+        """Whether the vision tower leaves out what repeats."""
+        return self.vision_reuse_layer is not None
+
+    @property
+    def shortens(self) -> bool:
+        """Whether the decoder sees fewer tokens than there are placeholders, in some layer at least."""
+        return self.has_outer_stage or self.has_inner_stage
+
+    @property
     def is_identity(self) -> bool:
-        """Whether nothing is shortened at all, so that the model is upstream's to the bit."""
-        return not (self.has_outer_stage or self.has_inner_stage)
+        """Whether nothing is left out at all, so that the model is upstream's to the bit."""
+        return not (self.shortens or self.has_vision_stage)
 
     def check_decoder_depth(self, num_hidden_layers: int) -> None:
         """Raises a `ValueError` if stage 3 is to run at a layer that a decoder of this depth does not have."""

@@ -151,7 +151,7 @@ class CompressingModelMixin:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         settings.check_decoder_depth(self.config.text_config.num_hidden_layers)
-        if settings.proportional_attention and not settings.is_identity:
+        if settings.proportional_attention and settings.shortens:
             check_takes_mask(self.config.text_config)
         batch_size, num_new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         past = CompressedSequence.of(cache, num_new)
@@ -159,7 +159,7 @@ class CompressingModelMixin:
             past = past.for_batch(batch_size)
         encoded = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
         has_video = "video" in encoders or encoded.get("video") is not None
-        is_plain = past is None and (settings.is_identity or not has_video)
+        is_plain = past is None and not (settings.shortens and has_video)
         if isinstance(attention_mask, torch.Tensor) and not is_plain and not torch.compiler.is_compiling():
             seen = past.seen_length(cache) if past is not None else cached_length(cache)
             check_mask(attention_mask, (batch_size, seen + num_new))

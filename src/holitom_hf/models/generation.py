@@ -117,7 +117,7 @@ class HoliTomGenerationMixin:
             tokens[:, num_old:] if tokens is not None else None for tokens in (input_ids, inputs_embeds)
         )
         video = mm_encoder_output.get("video")
-        if getattr(video, "importance", None) is not None:
+        if any(getattr(video, name) is not None for name in getattr(video, "per_video", ())):
             indices = [torch.full((len(features),), v) for v, features in enumerate(video.pooler_output)]
             repeated = (
                 super()

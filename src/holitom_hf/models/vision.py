@@ -25,13 +25,16 @@ class HoliTomVideoFeatures(BaseModelOutputWithPooling):
             of frames differ.
         importance: A list of V tensors (F_v, T), float32: what each token receives of the attention.
         attention_keys: A list of V tensors (F_v, T, K): the attention's keys, averaged over heads.
+        computed_patches: A list of V tensors (F_v, P) bool: which patches the tower computed in its later layers;
+            `None`: all.
     """
 
     # Of these a batch of beams needs copies, video by video. A backbone with more per-video fields adds them.
-    per_video = ("importance", "attention_keys")
+    per_video = ("importance", "attention_keys", "computed_patches")
 
     importance: list[torch.Tensor] | None = None
     attention_keys: list[torch.Tensor] | None = None
+    computed_patches: list[torch.Tensor] | None = None
 
 
 def joined_chunks(chunks: list[tuple[torch.Tensor | None, ...] | None]) -> tuple[torch.Tensor | None, ...] | None:

@@ -10,7 +10,9 @@ IMPORTANCE_BYTES_ELSEWHERE = 256 * 2**20
 
 
 @torch.no_grad()
-def vision_importance(layer: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def vision_importance(
+    layer: nn.Module, hidden_states: torch.Tensor, slot: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What each patch receives of a vision layer's attention, from that layer's own input and projections.
 
@@ -19,7 +21,8 @@ def vision_importance(layer: nn.Module, hidden_states: torch.Tensor) -> tuple[to
 
     Args:
         layer: A SigLIP or CLIP encoder layer.
-        hidden_states: (F, P, D), what goes into it.
+        hidden_states: (F, P, D), what goes into it, or with `slot` packed rows (N, D).
+        slot: (F, P), the row of every place.
 
     Returns:
         (F, P) float32, and the keys averaged over heads, (F, P, head_dim).
@@ -27,12 +30,15 @@ def vision_importance(layer: nn.Module, hidden_states: torch.Tensor) -> tuple[to
     Source: section 3.2; VisionZip, section 3.2, for the keys.
     """
     attention = layer.self_attn
-    num_frames, num_patches, _ = hidden_states.shape
-    shape = (num_frames, num_patches, attention.num_heads, -1)
     normed = layer.layer_norm1(hidden_states)
-    queries = attention.q_proj(normed).view(shape).transpose(1, 2).flatten(0, 1)  # (F*H, P, d)
-    keys = attention.k_proj(normed).view(shape).transpose(1, 2)
-    budget = IMPORTANCE_BYTES.get(hidden_states.device.type, IMPORTANCE_BYTES_ELSEWHERE)
+    queries, keys = attention.q_proj(normed), attention.k_proj(normed)
+    if slot is not None:
+        queries, keys = queries[slot], keys[slot]
+    num_frames, num_patches, _ = queries.shape
+    shape = (num_frames, num_patches, attention.num_heads, -1)
+    queries = queries.view(shape).transpose(1, 2).flatten(0, 1)  # (F*H, P, d)
+    keys = keys.view(shape).transpose(1, 2)
+    budget = IMPORTANCE_BYTES.get(queries.device.type, IMPORTANCE_BYTES_ELSEWHERE)
     heads_at_once = max(1, budget // (4 * num_patches**2))
     received = [
         (torch.bmm(q, k.mT) * attention.scale).softmax(-1, dtype=torch.float32).sum(1)

@@ -8,6 +8,7 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionModel,
     Qwen2Model,
+    SiglipVisionConfig,
 )
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -26,6 +27,7 @@ from ..generation import HoliTomGenerationMixin
 from ..language_head import CompressedHeadMixin
 from ..outputs import shared_fields
 from ..pipeline import VideoTextToTextPipeline  # noqa: F401 - as remote code, only imported files travel on
+from ..siglip import HoliTomSiglipVisionModel
 from ..upstream import CACHE_NAME, HAS_ENCODER_OUTPUTS, takes_cache
 from .configuration import HoliTomLlavaOnevisionConfig
 from .outputs import HoliTomCausalLMOutputWithPast, HoliTomModelOutputWithPast
@@ -47,8 +49,10 @@ class HoliTomLlavaOnevisionModel(
     def __init__(self, config: HoliTomLlavaOnevisionConfig):
         config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
         super().__init__(config)
-        # In place of the plain decoder that upstream's __init__ made. (Loading makes both without memory.)
+        # In place of the plain decoder and tower that upstream's __init__ made. (Loading makes both without memory.)
         self.language_model = HoliTomQwen2Model._from_config(config.text_config)
+        if isinstance(config.vision_config, SiglipVisionConfig):
+            self.vision_tower = HoliTomSiglipVisionModel._from_config(config.vision_config)
 
     @takes_cache
     @merge_with_config_defaults

@@ -1,12 +1,17 @@
 """From pixels to features: the vision tower of LLaVA-OneVision, with what each token receives of its attention."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from ...configuration import HoliTomConfig
+from ...merging.patches import PatchPlan
 from ...merging.video_tokens import VideoTokens
 from ...sequence.placeholders import assign_videos
+from ..siglip import HoliTomSiglipVisionModel
 from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once, joined_chunks
 from ..vision_importance import vision_importance
 
@@ -85,36 +90,41 @@ class LlavaOnevisionVisionMixin:
         is_even = isinstance(pixel_values_videos, torch.Tensor)
         pixels = pixel_values_videos.flatten(0, 1) if is_even else torch.cat(list(pixel_values_videos))
         check_finite(pixels, num_frames)
+        if vision_batch_size is None:
+            vision_batch_size = len(pixels) if settings.is_identity else self.frames_per_chunk(len(pixels))
+        chunks = chunks_on_device(pixels, vision_batch_size, self.vision_tower.device)
 
         feature_layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
         hidden_index, layer = self.importance_layer(feature_layers)
         # No named argument: `generate` gives those to the encoder alone.
         wanted = kwargs.pop("output_hidden_states", None) or feature_layers
         wanted = wanted if isinstance(wanted, (list, bool)) else [wanted]
+        num_leading = int(vision_feature_select_strategy == "default")  # a class before the patches
+        computed = None
+        if settings.has_vision_stage:
+            plan, parts = self._encode_changes(
+                chunks, num_frames, settings, feature_layers, hidden_index, wanted, num_leading, vision_batch_size,
+                return_vision_states, kwargs.get("interpolate_pos_encoding", False),
+            )  # fmt: skip
+            computed = list(plan.is_computed[:, num_leading:].split(num_frames))
+        else:
+            kwargs |= {
+                "vision_feature_layer": vision_feature_layer,
+                "vision_feature_select_strategy": vision_feature_select_strategy,
+            }
+            parts = self._encode_frames(chunks, feature_layers, hidden_index, wanted, kwargs)
         features, importance, keys, states, attentions = [], [], [], [], []
-        if vision_batch_size is None:
-            vision_batch_size = len(pixels) if settings.is_identity else self.frames_per_chunk(len(pixels))
-        for chunk in chunks_on_device(pixels, vision_batch_size, self.vision_tower.device):
-            outputs = super().get_video_features(
-                chunk[None],
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                output_hidden_states=wanted is True or [*wanted, *feature_layers, hidden_index],
-                return_dict=True,
-                **kwargs,
-            )
-            features.append(outputs.pooler_output[0, :-1])
+        for part in parts:
+            features.append(part.features)
             if return_vision_states:
-                states.append((outputs.last_hidden_state, *_selected(outputs.hidden_states, wanted)))
-                attentions.append(outputs.attentions)
+                states.append(part.states)
+                attentions.append(part.attentions)
             if settings.needs_importance:
-                received, head_mean = vision_importance(layer, outputs.hidden_states[hidden_index])
-                if vision_feature_select_strategy == "default":
-                    received, head_mean = received[:, 1:], head_mean[:, 1:]
-                importance.append(self.apply_pooling(received[..., None])[..., 0])
-                keys.append(self.apply_pooling(head_mean))
+                received, head_mean = vision_importance(layer, part.hidden_states, part.slot)
+                importance.append(self.apply_pooling(received[:, num_leading:, None])[..., 0])
+                keys.append(self.apply_pooling(head_mean[:, num_leading:]))
 
-        features = torch.cat(features).view(len(pixels), -1, features[0].shape[-1])
+        features = torch.cat([part.flatten(0, -2) for part in features]).view(len(pixels), -1, features[0].shape[-1])
         newline = self.image_newline[None].to(features)
         videos = [torch.cat([frames.flatten(0, 1), newline]) for frames in features.split(num_frames)]
         last_hidden_state, *hidden_states = joined_chunks(states) or [None]
@@ -125,7 +135,75 @@ class LlavaOnevisionVisionMixin:
             pooler_output=torch.stack(videos) if is_even else videos,
             importance=list(torch.cat(importance).split(num_frames)) if importance else None,
             attention_keys=list(torch.cat(keys).split(num_frames)) if keys else None,
+            computed_patches=computed,
         )
+
+    def _encode_frames(
+        self,
+        chunks: Iterable[torch.Tensor],
+        feature_layers: list[int],
+        hidden_index: int,
+        wanted: bool | list[int],
+        kwargs: dict,
+    ) -> Iterator["_EncodedFrames"]:
+        """Frames that all go whole through upstream's `get_video_features`, chunk by chunk."""
+        for chunk in chunks:
+            outputs = super().get_video_features(
+                chunk[None],
+                output_hidden_states=wanted is True or [*wanted, *feature_layers, hidden_index],
+                return_dict=True,
+                **kwargs,
+            )
+            yield _EncodedFrames(
+                features=outputs.pooler_output[0, :-1],
+                hidden_states=outputs.hidden_states[hidden_index],
+                slot=None,
+                states=(outputs.last_hidden_state, *_selected(outputs.hidden_states, wanted)),
+                attentions=outputs.attentions,
+            )
+
+    def _encode_changes(
+        self,
+        chunks: Iterable[torch.Tensor],
+        num_frames: list[int],
+        settings: HoliTomConfig,
+        feature_layers: list[int],
+        hidden_index: int,
+        wanted: bool | list[int],
+        num_leading: int,
+        frames_at_once: int,
+        return_vision_states: bool,
+        interpolate_pos_encoding: bool,
+    ) -> tuple[PatchPlan, Iterator["_EncodedFrames"]]:
+        """Frames whose repeating patches are computed once per segment, and which of them are computed."""
+        tower = self.vision_tower
+        if not isinstance(tower, HoliTomSiglipVisionModel):
+            raise ValueError(
+                f"vision_reuse_layer needs a SigLIP vision tower, this model's is a {type(tower).__name__}: set None"
+            )
+        number = len(tower.encoder.layers) + 1
+        layers = [index % number for index in feature_layers]
+        shown = [*range(number)] if wanted is True else [index % number for index in wanted]
+        needed = {*layers, hidden_index} | ({*shown, number - 1} if return_vision_states else set())
+        plan, packed = tower.encode_changes(
+            chunks, num_frames, settings, needed, frames_at_once, interpolate_pos_encoding=interpolate_pos_encoding
+        )
+
+        def parts():
+            for part in packed:
+                projected = self.multi_modal_projector(torch.cat([part.rows[index] for index in layers], dim=-1))
+                states = None
+                if return_vision_states:
+                    hidden_states = [part.frames(index) if index in shown else None for index in range(number)]
+                    states = (tower.post_layernorm(part.frames(number - 1)), *hidden_states)
+                yield _EncodedFrames(
+                    features=self.apply_pooling(projected[part.slot][:, num_leading:]),
+                    hidden_states=part.rows[hidden_index],
+                    slot=part.slot,
+                    states=states,
+                )
+
+        return plan, parts()
 
     def frames_per_chunk(self, num_frames: int) -> int:
         """How many frames the device has the memory for, in chunks of equal size."""
@@ -143,6 +221,26 @@ class LlavaOnevisionVisionMixin:
         if output_index == 0:
             raise ValueError("vision_feature_layer 0 is the embedding: no attention tells what matters")
         return output_index - 1, layers[output_index - 1]
+
+
+@dataclass
+class _EncodedFrames:
+    """
+    Some frames after the tower.
+
+    Attributes:
+        features: (f*T, D) or (f, T, D), projected and pooled.
+        hidden_states: What goes into the layer that importance is taken from, (f, P, D), or packed rows (n, D).
+        slot: (f, P), the row of every place; `None` where rows are not packed.
+        states: The tower's last hidden state, normed, and its hidden states.
+        attentions: Of every layer, where asked for.
+    """
+
+    features: torch.Tensor
+    hidden_states: torch.Tensor
+    slot: torch.Tensor | None
+    states: tuple[torch.Tensor | None, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def _selected(hidden_states: tuple[torch.Tensor | None, ...], wanted: bool | list[int]) -> list[torch.Tensor | None]:
