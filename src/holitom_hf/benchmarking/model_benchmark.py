@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from ..answering.savings import cache_bytes
+from ..configuration import HoliTomConfig
 from ..merging.outer import merge_videos
 from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
 from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
@@ -28,6 +29,8 @@ from .synthetic import write_clip
 
 # What is measured of both models, in the order of a forward pass; of the others only ours has something.
 SHARED_STEPS = ("decode", "preprocess", "vision_tower", "prefill", "first_token", "answer", "end_to_end")
+# Of these a variant of HoliTom, with other settings of the vision tower, has a measurement, too.
+VARIED_STEPS = ("vision_tower", "first_token", "end_to_end")
 OWN_STEPS = ("importance", "segmentation", "merging", "compaction")
 CLIP_SECONDS = 10
 
@@ -38,13 +41,14 @@ class ModelResult:
     What a contest came to.
 
     Attributes:
-        steps: Seconds by step and by model (`"plain"`, `"holitom"`). `merging` is what stages 1 and 2 take beyond
-            `segmentation`, `answer` the tokens after the first.
+        steps: Seconds by step and by model: `"plain"`, `"holitom"`, and in [`VARIED_STEPS`] HoliTom's variants.
+            `merging` is what stages 1 and 2 take beyond `segmentation`, `answer` the tokens after the first.
         tokens: Positions of the prompt in the decoder: `plain`, `outer` and `inner`, the last of them from stage 3 on.
         new_tokens: Tokens of an answer.
         cache_bytes: Keys and values after the prompt, by model.
         peak_bytes: Most memory that a first token and a whole answer needed beyond weights and inputs, by model.
         operations: Launches and waits of what only ours does.
+        computed_patches: Share of the patches that the vision tower computes in its later layers, by variant.
         tower_share: Of the operations that the device multiplies large matrices with, what the vision tower and the
             projector reach in ours.
         throughput: Largest batch that fitted and its tokens a second, by model; empty where not asked for.
@@ -58,10 +62,11 @@ class ModelResult:
     operations: dict[str, int | None]
     tower_share: float
     throughput: dict[str, dict[str, float]] = field(default_factory=dict)
+    computed_patches: dict[str, float] = field(default_factory=dict)
 
-    def ratio(self, step: str) -> float:
-        """How many times faster ours is."""
-        return self.steps[step]["plain"].median / self.steps[step]["holitom"].median
+    def ratio(self, step: str, model: str = "holitom") -> float:
+        """How many times faster than upstream's a model of ours is."""
+        return self.steps[step]["plain"].median / self.steps[step][model].median
 
     @property
     def own_share(self) -> float:
@@ -83,6 +88,7 @@ def run_model_benchmark(
     rounds: int = 5,
     largest_batch: int | None = None,
     compile_vision: bool = False,
+    variants: dict[str, dict] | None = None,
     progress=iter,
 ) -> ModelResult:
     """
@@ -98,6 +104,7 @@ def run_model_benchmark(
         rounds: How often each step is measured; the models take turns.
         largest_batch: Measure throughput, too, at the largest power of 2 up to this that fits.
         compile_vision: Run the vision tower through `torch.compile`.
+        variants: By name, settings that a variant of HoliTom has in place of the config's.
         progress: Wraps the rounds, as a progress bar does.
 
     Raises:
@@ -112,11 +119,12 @@ def run_model_benchmark(
         for model in game.models.values():
             model.model.vision_tower.compile()
     encoded = game.encoded()
+    variants = {name: config.holitom_config.overlaid(settings) for name, settings in (variants or {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
         write_clip(clip, max(CLIP_SECONDS, num_frames / 25))
         clocks = {name: _Stopwatch(game.device) for name in game.models}
-        calls = _calls(game, encoded, clip, num_frames, new_tokens, clocks)
+        calls = _calls(game, encoded, clip, num_frames, new_tokens, clocks, variants)
         times = alternate(calls, game.device, rounds, progress=progress)
     # What is left of stages 1 and 2 besides the segmentation of the same round.
     pairs = zip(times["merging holitom"], times["segmentation holitom"])
@@ -155,6 +163,11 @@ def run_model_benchmark(
             "merging_waits": count_waits(own_work) if game.device.type == "cuda" else None,
         },
         tower_share=tower_flops / steps["vision_tower"]["holitom"].median / limit,
+        computed_patches={
+            name: _computed_share(game, settings)
+            for name, settings in ({"holitom": config.holitom_config} | variants).items()
+            if settings.has_vision_stage
+        },
     )
     del caches, record
     if largest_batch:
@@ -185,7 +198,13 @@ class _Stopwatch(BaseStreamer):
 
 
 def _calls(
-    game: Contest, encoded, clip: Path, num_frames: int, new_tokens: int, clocks: dict[str, _Stopwatch]
+    game: Contest,
+    encoded,
+    clip: Path,
+    num_frames: int,
+    new_tokens: int,
+    clocks: dict[str, _Stopwatch],
+    variants: dict[str, HoliTomConfig],
 ) -> dict[str, Callable]:
     """The steps as functions, in the order in which they take turns."""
     processor = HoliTomVideoProcessor(num_frames=num_frames)
@@ -233,30 +252,40 @@ def _calls(
         "merging holitom": lambda: _merge(game, encoded),
         "compaction holitom": compaction,
     }
+
+    def end_to_end(model, **kwargs):
+        pixels = preprocess(processor.decode(str(clip))[0])
+        inputs = game.inputs() | kwargs
+        inputs["pixel_values_videos"] = pixels.expand_as(inputs["pixel_values_videos"]).contiguous()
+        _generate(model, inputs, new_tokens)
+
     for name, model in game.models.items():
         replay = _decoder_call(model, game)
         calls[f"vision_tower {name}"] = _vision_call(model, game)
         calls[f"prefill {name}"] = replay
-        calls[f"first_token {name}"] = lambda model=model: _prefill(model, game)
+        calls[f"first_token {name}"] = partial(_prefill, model, game)
         calls[f"answer {name}"] = partial(_generate, model, game.inputs(), new_tokens, clocks[name])
 
-        def end_to_end(model=model):
-            pixels = preprocess(processor.decode(str(clip))[0])
-            inputs = game.inputs()
-            inputs["pixel_values_videos"] = pixels.expand_as(inputs["pixel_values_videos"]).contiguous()
-            _generate(model, inputs, new_tokens)
-
-        calls[f"end_to_end {name}"] = end_to_end
+        calls[f"end_to_end {name}"] = partial(end_to_end, model)
+    for name, settings in variants.items():
+        calls[f"vision_tower {name}"] = _vision_call(ours, game, settings)
+        calls[f"first_token {name}"] = partial(_prefill, ours, game, holitom_config=settings)
+        calls[f"end_to_end {name}"] = partial(end_to_end, ours, holitom_config=settings)
     return calls
 
 
-def _vision_call(model, game: Contest) -> Callable:
+def _vision_call(model, game: Contest, settings: HoliTomConfig | None = None) -> Callable:
     """Vision tower, projector and pooling; in ours without importance, which is a step of its own."""
     if model is game.models["plain"]:
         return lambda: model.get_video_features(game.pixels, return_vision_states=False)
-    return lambda: model.get_video_features(
-        game.pixels, holitom_config={"outer_method": "none"}, return_vision_states=False
-    )
+    settings = replace(settings or model.config.holitom_config, outer_method="none")
+    return lambda: model.get_video_features(game.pixels, holitom_config=settings, return_vision_states=False)
+
+
+def _computed_share(game: Contest, settings: HoliTomConfig) -> float:
+    """Share of the patches that our tower computes in its later layers."""
+    computed = game.models["holitom"].get_video_features(game.pixels, holitom_config=settings).computed_patches
+    return float(torch.cat(computed).float().mean())
 
 
 def _decoder_call(model, game: Contest) -> Callable:
@@ -272,8 +301,8 @@ def _decoder_call(model, game: Contest) -> Callable:
     return lambda: model.model.language_model(**{**seen, CACHE_NAME: DynamicCache()})
 
 
-def _prefill(model, game: Contest):
-    return model(**game.inputs(), logits_to_keep=1, use_cache=True)
+def _prefill(model, game: Contest, **kwargs):
+    return model(**game.inputs(), logits_to_keep=1, use_cache=True, **kwargs)
 
 
 def _generate(model, inputs: dict[str, torch.Tensor], new_tokens: int, streamer: BaseStreamer | None = None) -> None:

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
 from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
-from .synthetic import SyntheticProjector, synthetic_features
+from .synthetic import SyntheticPooling, synthetic_features, synthetic_pixels
 
 
 NUM_TEXT_BEFORE, NUM_TEXT_AFTER = 14, 20  # tokens of a conversation's frame and of a short question
@@ -99,7 +99,7 @@ def contest(
         num_frames: F.
         batch_size: B.
         device, dtype, attention: As in [`random_models`].
-        static_share: Share of the tokens that repeat, see [`synthetic_features`].
+        static_share: Share of the tokens and patches that repeat, see [`synthetic_features`], [`synthetic_pixels`].
     """
     models = random_models(config, device, dtype, attention)
     vision, vocabulary = config.vision_config, config.text_config.vocab_size
@@ -114,16 +114,18 @@ def contest(
         dtype=dtype,
     )
     for model in models.values():
-        model.model.multi_modal_projector.register_forward_hook(SyntheticProjector(features, side**2))
+        model.model.apply_pooling = SyntheticPooling(model.model.apply_pooling, features)
     random = torch.Generator().manual_seed(0)
     before = torch.randint(0, vocabulary - 2, (batch_size, NUM_TEXT_BEFORE), generator=random)
     after = torch.randint(0, vocabulary - 2, (batch_size, NUM_TEXT_AFTER), generator=random)
     video = torch.full((batch_size, num_frames * tokens_per_frame + 1), config.video_token_id)
     input_ids = torch.cat([before, video, after], dim=1).to(device)
-    pixels = torch.randn(
-        (batch_size, num_frames, 3, vision.image_size, vision.image_size),
-        generator=torch.Generator(device).manual_seed(0),
+    pixels = synthetic_pixels(
+        batch_size * num_frames,
+        vision.image_size,
+        vision.patch_size,
+        static_share,
         device=device,
         dtype=dtype,
-    )
+    ).unflatten(0, (batch_size, num_frames))
     return Contest(models, input_ids, pixels, features)

@@ -115,13 +115,20 @@ def _leaves(value, path: str = "") -> Iterator[tuple[str, Spread | int]]:
 
 def model_table(result: ModelResult) -> str:
     """A contest as a Markdown table, and below it what a sentence says better."""
-    rows = ["| step | upstream | HoliTom | |", "| --- | ---: | ---: | ---: |"]
+    variants = [name for name in result.steps["first_token"] if name not in ("plain", "holitom")]
+    rows = [
+        "".join(["| step | upstream | HoliTom | |", *(f" {name} | |" for name in variants)]),
+        "| --- | ---: | ---: | ---: |" + " ---: | ---: |" * len(variants),
+    ]
     order = [*SHARED_STEPS[:3], *OWN_STEPS, *SHARED_STEPS[3:]]
     for step in order:
         spreads = result.steps[step]
         plain = _spread(spreads["plain"]) if "plain" in spreads else ""
         ratio = f"{result.ratio(step):.2f}x" if "plain" in spreads and step not in ("decode", "preprocess") else ""
-        rows.append(f"| {STEP_NAMES[step]} | {plain} | {_spread(spreads['holitom'])} | {ratio} |")
+        row = f"| {STEP_NAMES[step]} | {plain} | {_spread(spreads['holitom'])} | {ratio} |"
+        for name in variants:
+            row += f" {_spread(spreads[name])} | {result.ratio(step, name):.2f}x |" if name in spreads else " | |"
+        rows.append(row)
     new = result.new_tokens - 1
     rates = [new / result.steps["answer"][model].median for model in ("plain", "holitom")]
     rows.append(f"| tokens/s after the first | {rates[0]:.1f} | {rates[1]:.1f} | {rates[1] / rates[0]:.2f}x |")
@@ -147,6 +154,10 @@ def model_table(result: ModelResult) -> str:
         f"{operations['merging_launches']} launches in stages 1 and 2"
         + (f", {waits} waits for the device." if waits is not None else ".")
         + f" The vision tower runs at {result.tower_share:.0%} of the speed of a large matrix product here."
+        + "".join(
+            f" Of the patches {share:.1%} are computed in the tower's later layers ({name})."
+            for name, share in result.computed_patches.items()
+        )
         + "\nMedians, in brackets the quartiles; launches counted with the budgets of this device."
     )
 

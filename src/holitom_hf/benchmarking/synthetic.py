@@ -1,12 +1,12 @@
 """Videos and features with a chosen redundancy, so that as many tokens stay as of a real video."""
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 
 SCENE_FRAMES = 8
@@ -48,34 +48,67 @@ def synthetic_features(
     return features
 
 
-class SyntheticProjector:
+def synthetic_pixels(
+    num_frames: int,
+    side: int,
+    patch_size: int,
+    static_share: float = 0.6,
+    scene_frames: int = SCENE_FRAMES,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """
-    A forward hook for the projector: what it computes is replaced by patches whose pooling gives chosen features.
+    Frames of noise in scenes of equal length, in which a share of the patches repeats to the bit.
+
+    Args:
+        num_frames: F.
+        side, patch_size: Of the frames and of the vision tower's patches, in pixels.
+        static_share: Share of the patches that repeat over their scene.
+        scene_frames: Frames of a scene.
+        seed: Of the random numbers.
+        device, dtype: Of the result.
+
+    Returns:
+        (F, 3, side, side).
+    """
+    random = torch.Generator(device).manual_seed(seed)
+    frames = torch.randn((num_frames, 3, side, side), generator=random, device=device, dtype=dtype)
+    grid = side // patch_size
+    for start in range(0, num_frames, scene_frames):
+        chosen = torch.randperm(grid**2, generator=random, device=device) < round(static_share * grid**2)
+        is_static = chosen.view(grid, grid).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+        scene = frames[start : start + scene_frames, :, : grid * patch_size, : grid * patch_size]
+        scene[1:] = torch.where(is_static, scene[:1], scene[1:])
+    return frames
+
+
+class SyntheticPooling:
+    """
+    In place of a model's `apply_pooling`: it pools, and of what becomes the decoder's input gives out chosen features.
 
     Random weights make features that are all alike; the work before stays what it is.
     """
 
-    def __init__(self, features: torch.Tensor, num_patches: int):
+    def __init__(self, pool: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor):
         """
         Args:
+            pool: The model's own.
             features: (F, T, D), given out frame by frame, from the first again after the last.
-            num_patches: P, patches of a frame before the pooling.
         """
-        side, pooled = round(num_patches**0.5), round(features.shape[1] ** 0.5)
-        # The pooled token that each patch weighs most in: the model's pooling, applied to every patch alone.
-        every = torch.eye(num_patches).view(num_patches, 1, side, side)
-        weights = F.interpolate(every, size=(pooled, pooled), mode="bilinear").view(num_patches, -1)
-        self.features, self.owner = features, weights.argmax(1).to(features.device)
-        self.frame = 0
+        self.pool, self.features, self.frame = pool, features, 0
 
-    def __call__(self, module, inputs, output: torch.Tensor) -> torch.Tensor:
-        """(f, P, D) of the projector -> (f, P, D) that pools to the next f frames."""
-        frames = [(self.frame + step) % len(self.features) for step in range(len(output))]
-        self.frame = (self.frame + len(output)) % len(self.features)
+    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
+        """(f, P, E) -> (f, T, E); with E = D the next f frames."""
+        pooled = self.pool(patches)
+        if pooled.shape[1:] != self.features.shape[1:]:
+            return pooled
+        frames = [(self.frame + step) % len(self.features) for step in range(len(pooled))]
+        self.frame = (self.frame + len(pooled)) % len(self.features)
         first = frames[0]
         if frames == list(range(first, first + len(frames))):
-            return self.features[first : first + len(frames)].index_select(1, self.owner)
-        return self.features[frames].index_select(1, self.owner)
+            return self.features[first : first + len(frames)]
+        return self.features[frames]
 
 
 def write_clip(

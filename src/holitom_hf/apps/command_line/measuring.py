@@ -163,6 +163,10 @@ def bench(
     ] = None,
     attn: Annotated[str, typer.Option(help="eager, sdpa, flash_attention_2, ...")] = "sdpa",
     compile_vision: Annotated[bool, typer.Option(help="Run the vision tower through torch.compile.")] = False,
+    vision_reuse_layer: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure HoliTom with reuse in the vision tower from this layer on, too."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps; auto: the best there is.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 but on a CPU.")] = "auto",
     threads: Threads = None,
@@ -201,6 +205,7 @@ def bench(
                 rounds,
                 largest_batch,
                 compile_vision,
+                {"reuse": {"vision_reuse_layer": vision_reuse_layer}} if vision_reuse_layer else None,
                 progress_bar("Measuring"),
             )
             print(report.model_table(result))
