@@ -1,5 +1,6 @@
 """Pictures of a merged video: what they say of each token, and the files that hold them."""
 
+import json
 import re
 import shutil
 
@@ -19,6 +20,7 @@ from holitom_hf.apps.visualization import (
     Fate,
     fates_after_stage_3,
     frame_legend,
+    paint_computed,
     paint_frame,
     plot_merging,
     token_fates,
@@ -182,6 +184,40 @@ def test_the_figure_has_every_frame_untouched_and_in_each_state_and_all_counts(n
         assert f"{int(survives.sum())} tokens" in texts
     assert f"{merged.num_tokens} tokens" in texts
     figure.canvas.draw()
+
+
+def test_patches_that_were_taken_over_are_pale():
+    frame = np.random.default_rng(0).integers(0, 200, (24, 36, 3), dtype=np.uint8)
+    computed = np.zeros(36, dtype=bool)
+    computed[[0, 7, 35]] = True
+    painted = paint_computed(frame, computed)
+    for patch in range(36):
+        place = (slice(patch // 6 * 4, patch // 6 * 4 + 4), slice(patch % 6 * 6, patch % 6 * 6 + 6))
+        assert (painted[place] == frame[place]).all() == computed[patch]
+        assert (painted[place].astype(int) >= frame[place]).all()
+
+
+def test_the_picture_and_the_summary_tell_what_the_tower_computed(demo, tmp_path):
+    preset = tmp_path / "fast.json"
+    settings = HoliTomConfig(vision_reuse_layer=1, vision_reuse_threshold=0.9, inner_method="none")
+    preset.write_text(json.dumps(settings.to_dict()))
+    answerer = Answerer(str(demo / "model"), settings=settings)
+    answerer.load_model()
+    view = view_merging(answerer, str(demo / "clip.mp4"), 4)
+    assert view.computed.shape == (4, 196)
+    assert view.computed[0].all()
+    figure = plot_merging(view.merged, view.frames, computed=view.computed)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[0] == f"patch taken over in the vision tower ({view.computed.mean():.0%} are computed)"
+    options = ("--model", demo / "model", "--frames", 4)
+    share = f"{view.computed.mean():.1%}"
+    for name in ("page.html", "clip.mp4"):
+        run("visualize", demo / "clip.mp4", "-o", tmp_path / name, *options, "--preset", preset)
+    assert f"computed {share} of the patches" in (tmp_path / "page.html").read_text()
+    result = run("answer", demo / "clip.mp4", "?", *options, "--preset", preset)
+    assert f"{share} of the patches computed in its later layers" in result.stdout
+    result = run("answer", demo / "clip.mp4", "?", *options, "--json")
+    assert json.loads(result.stdout)["computed_patches"] is None
 
 
 def test_frames_that_are_not_the_videos_are_refused(merged, frames):

@@ -48,6 +48,8 @@ class Answer:
         visual_tokens_outer: Those left by stages 1 and 2.
         visual_tokens_inner: Those left by stage 3.
         inner_merge_layer: The layer before which stage 3 ran; `None` if it did not.
+        computed_patches: Share of the patches that the vision tower computed in its later layers; `None`: it computed
+            all of them.
         flops_share: Prefill operations of the decoder against the uncompressed one's, by the paper's formula.
         num_answer_tokens: Length of the answer.
         cache_bytes: Keys and values at the end.
@@ -62,6 +64,7 @@ class Answer:
     visual_tokens_outer: int
     visual_tokens_inner: int
     inner_merge_layer: int | None
+    computed_patches: float | None
     flops_share: float
     num_answer_tokens: int
     cache_bytes: int
@@ -257,6 +260,7 @@ class Answerer:
         )
         figures = asdict(savings) | {"num_segments": savings.num_segments or question.num_frames}
         figures.pop("flops")
+        computed = question.encoded.computed_patches
         return Answer(
             text=self.processor.decode(tokens, skip_special_tokens=True).strip(),
             prompt_length=prompt_length,
@@ -264,6 +268,7 @@ class Answerer:
             num_answer_tokens=len(tokens),
             cache_bytes=cache_bytes(cache_of(outputs)),
             seconds=seconds,
+            computed_patches=float(torch.cat(computed).float().mean()) if computed is not None else None,
             **figures,
         )
 

@@ -29,6 +29,7 @@ from .visualization import (
     draw_similarity,
     frame_legend,
     frames_text,
+    paint_computed,
     paint_frame,
     plot_merging,
     token_fates,
@@ -55,6 +56,7 @@ class MergingView:
         question: Which stage 3 was asked; `None` if it did not run.
         survives: (N,) bool, the tokens that it left; `None` if it did not run.
         fold: Whether it folded the others into those.
+        computed: (F, P) bool, the patches that the vision tower computed in its later layers; `None`: all.
     """
 
     name: str
@@ -65,6 +67,7 @@ class MergingView:
     question: str | None = None
     survives: torch.Tensor | None = None
     fold: bool = True
+    computed: np.ndarray | None = None
 
 
 @torch.inference_mode()
@@ -95,7 +98,8 @@ def merge_frames(
     [tokens] = model.model.video_tokens(encoded)
     merged, similarity = merge_tokens(tokens, settings), frame_similarity(tokens.features)
     pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
-    view = MergingView("video", pictures, merged, similarity, settings.similarity_threshold)
+    computed = encoded.computed_patches[0].cpu().numpy() if settings.has_vision_stage else None
+    view = MergingView("video", pictures, merged, similarity, settings.similarity_threshold, computed=computed)
     if not (settings.has_inner_stage or settings.needs_question):
         return view
     input_ids = prompt["input_ids"].to(model.device)
@@ -141,7 +145,16 @@ def view_merging(
 def figure_of(view: MergingView) -> Figure:
     """Everything in one figure; see [`plot_merging`]."""
     frames = _resized(view.frames, MAX_SIDE)
-    return plot_merging(view.merged, frames, view.similarity, view.threshold, view.survives, view.fold, view.question)
+    return plot_merging(
+        view.merged,
+        frames,
+        view.similarity,
+        view.threshold,
+        view.survives,
+        view.fold,
+        view.question,
+        view.computed,
+    )
 
 
 def write_picture(view: MergingView, path: Path) -> None:
@@ -161,13 +174,18 @@ def write_clip(view: MergingView, path: Path) -> None:
         size = tuple(2 * round(side * scale / 2) for side in frame.shape[1::-1])
         original = Image.fromarray(frame).resize(size)
         painted = _outlined(paint_frame(np.asarray(original), fates[number]), fates[number])
+        title = f"frame {number + 1} of {len(view.frames)}"
+        if view.computed is not None:
+            of_frame = view.computed[number]
+            original = Image.fromarray(paint_computed(np.asarray(original), of_frame))
+            title += f": {of_frame.sum()} of {len(of_frame)} patches computed"
         canvas = Image.new("RGB", (2 * size[0] + 24, size[1] + 96), "white")
         canvas.paste(original, (8, 40))
         canvas.paste(painted, (16 + size[0], 40))
         draw = ImageDraw.Draw(canvas)
         num_kept = int(np.isin(fates[number], KEPT).sum())
         start, stop = view.merged.segments[segment_of[number]]
-        draw.text((8, 9), f"frame {number + 1} of {len(view.frames)}", "black", font)
+        draw.text((8, 9), title, "black", font)
         segment = f"segment {segment_of[number] + 1}, {frames_text(start, stop)}"
         text = f"{segment}: {num_kept} of {fates.shape[1]} tokens kept"
         draw.text((16 + size[0], 9), text, "black", font)
@@ -198,6 +216,8 @@ def write_page(view: MergingView, path: Path) -> None:
     ]
     share = view.merged.num_tokens / view.merged.num_input_tokens
     summary.append(f"{view.merged.num_tokens} ({share:.1%}).")
+    if view.computed is not None:
+        summary.append(f"The vision tower computed {view.computed.mean():.1%} of the patches in its later layers.")
     if survives is not None:
         summary.append(
             f"Stage 3, asked <q>{html.escape(view.question)}</q>, left {int(survives.sum())}: "

@@ -130,6 +130,22 @@ def paint_frame(frame: np.ndarray, fates: np.ndarray) -> np.ndarray:
     return (painted * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def paint_computed(frame: np.ndarray, computed: np.ndarray) -> np.ndarray:
+    """
+    A frame in which patches that the vision tower took over from their segment's first frame are pale.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        computed: (P,) bool, P a square.
+    """
+    height, width = frame.shape[:2]
+    side = math.isqrt(len(computed))
+    rows, columns = (np.arange(size) * side // size for size in (height, width))
+    is_computed = computed.reshape(side, side)[rows[:, None], columns]
+    pale = (1 - MERGED_VEIL) * frame.astype(np.float32) + MERGED_VEIL * 255
+    return np.where(is_computed[..., None], frame, pale.round().astype(np.uint8))
+
+
 def check_frames(merged: MergedVideo, frames: np.ndarray | torch.Tensor) -> np.ndarray:
     """
     The frames as an array.
@@ -156,6 +172,7 @@ def plot_merging(
     survives: torch.Tensor | None = None,
     fold: bool = True,
     question: str | None = None,
+    computed: np.ndarray | None = None,
 ) -> Figure:
     """
     Draws segments, the fate of every token, and the token budget: every row of frames untouched, after stages 1 and 2,
@@ -169,6 +186,8 @@ def plot_merging(
         survives: (N,) bool, the output tokens that stage 3 left.
         fold: Whether stage 3 folded the others into those.
         question: Which stage 3 was asked.
+        computed: (F, P) bool, the patches that the vision tower computed in its later layers; in the untouched row
+            the others are pale.
 
     Returns:
         A matplotlib figure.
@@ -194,7 +213,10 @@ def plot_merging(
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if has_curve:
         draw_similarity(axes[0], merged, similarity, threshold)
-    _draw_frames(axes[-2], frames, rows, merged, columns, block_height)
+    originals = frames
+    if computed is not None:
+        originals = [paint_computed(frame, of_frame) for frame, of_frame in zip(frames, computed)]
+    _draw_frames(axes[-2], frames, originals, rows, merged, columns, block_height)
     draw_budget(axes[-1], fates, merged, survives)
     if question is not None:
         axes[-1].set_xlabel(
@@ -203,6 +225,9 @@ def plot_merging(
     handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in frame_legend(fates)]
     went = {"color": "#999999", "marker": "o", "markerfacecolor": "white", "markeredgecolor": "black"}
     handles.append(Line2D([], [], label="went into", **went))
+    if computed is not None:
+        name = f"patch taken over in the vision tower ({computed.mean():.0%} are computed)"
+        handles.insert(0, Patch(facecolor="white", edgecolor="#555555", label=name))
     figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     return figure
 
@@ -220,6 +245,7 @@ def frame_legend(fates: np.ndarray) -> list[tuple[str, str]]:
 def _draw_frames(
     axes: Axes,
     frames: np.ndarray,
+    originals: np.ndarray | list[np.ndarray],
     rows: list[tuple[str, np.ndarray | None]],
     merged: MergedVideo,
     columns: int,
@@ -234,7 +260,8 @@ def _draw_frames(
         left, top = frame % columns * (1 + GAP), frame // columns * block_height + HEADER
         for number, (name, fates) in enumerate(rows):
             corner = (left, top + number * step)
-            _draw_frame(axes, frames[frame], None if fates is None else fates[frame], merged, frame, corner)
+            picture, of_frame = (originals[frame], None) if fates is None else (frames[frame], fates[frame])
+            _draw_frame(axes, picture, of_frame, merged, frame, corner)
             if number == 1:
                 _draw_moves(axes, frames[frame].shape, fates[frame], merged, frame, corner)
             if frame % columns == 0:

@@ -102,6 +102,8 @@ def figures_text(answer: Answer, peak_memory: int | None, settings: HoliTomConfi
         ("then", f"{speed:.1f} tokens/s" if speed else "one token"),
         ("KV cache", f"{answer.cache_bytes / 2**20:.1f} MiB"),
     ]
+    if answer.computed_patches is not None:
+        rows.insert(1, ("patches computed", f"{answer.computed_patches:.1%} in the tower's later layers"))
     if peak_memory is not None:
         rows.append(("peak GPU memory", f"{peak_memory / 2**30:.2f} GiB"))
     head, *lines = (f"| {name} | {value} |" for name, value in rows)

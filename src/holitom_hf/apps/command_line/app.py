@@ -109,6 +109,8 @@ def _summary(result) -> Table:
     table.add_row(
         "frames", f"{result.num_frames}, in {result.num_segments} segments" if is_cut else f"{result.num_frames}"
     )
+    if result.computed_patches is not None:
+        table.add_row("vision tower", f"{result.computed_patches:.1%} of the patches computed in its later layers")
     tokens = f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder"
     if result.inner_merge_layer is not None:
         tokens += f" -> {result.visual_tokens_inner} from layer {result.inner_merge_layer} on"
