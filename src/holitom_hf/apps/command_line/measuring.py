@@ -126,6 +126,7 @@ def flops(
         from ...benchmarking.architectures import architecture
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
+        from ...merging.registry import METHODS
         from ...models.registry import backbone_class, backbone_of
 
         if model in SIZES:
@@ -144,7 +145,9 @@ def flops(
         )
         if config.holitom_config.outer_method == "holitom":
             print(f"Exact for scenes of 8 frames in which {redundancy:.0%} of the tokens repeat.")
-        elif config.holitom_config.has_outer_stage:
+        elif config.holitom_config.has_outer_stage and (
+            METHODS[config.holitom_config.outer_method].group == "ablation"
+        ):
             print(f"What {config.holitom_config.outer_method} itself computes before the decoder is not counted.")
 
 
