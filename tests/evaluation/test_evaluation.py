@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from holitom_hf.answering.answerer import Answerer
@@ -86,6 +88,44 @@ def test_figures(results, runs):
     assert rows["holitom@0.2"].flops_share < rows["holitom-outer@0.2"].flops_share
     assert rows["fastv@0.2"].tokens_outer == 785
     assert rows["fastv@0.2"].tokens_inner == pytest.approx(0.2 * 785, abs=1)
+
+
+@torch.inference_mode()
+def test_operations_are_those_that_torch_counts_from_pixels_to_the_first_token(answerer, folder, asked, results, runs):
+    """Of questions about two videos, whose prompts differ in length."""
+    chosen = {question.video: question for question in asked}
+    for run in runs:
+        for question in list(chosen.values())[:2]:
+            inputs = answerer.prepare(str(folder / "questions" / question.video), question.text).features
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                answerer.model(**inputs, holitom_config=run.settings, logits_to_keep=1)
+            [result] = [r for r in results if (r.run, r.id) == (run.name, question.id)]
+            assert result.operations == counter.get_total_flops(), run.name
+
+
+def test_shares_of_all_operations_are_of_the_same_questions(results, runs):
+    old = [replace(r, operations=None) if r.id.endswith("-0") else r for r in results]
+    rows, some = ({row.run: row for row in summarize(given, runs)} for given in (results, old))
+    for run in runs:
+        assert rows[run.name].flops_share < rows[run.name].operations_share <= 1 or run.name == "full"
+        given = [r for r in old if r.operations is not None and r.run in (run.name, "full")]
+        own, full = (sum(r.operations for r in given if r.run == name) for name in (run.name, "full"))
+        assert some[run.name].operations_share == pytest.approx(own / full)
+    assert rows["full"].operations_share == 1
+
+
+def test_answers_from_before_operations_were_counted_are_read(answerer, folder, asked, runs, tmp_path):
+    first = evaluate(answerer, folder / "questions", asked[:2], runs[:2], tmp_path, max_new_tokens=1)
+    head, *lines = (json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+    for line in lines:
+        del line["operations"]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [head, *lines]))
+    again = evaluate(answerer, tmp_path / "no videos needed", asked[:2], runs[:2], tmp_path)
+    assert again == [replace(result, operations=None) for result in first]
+    rows = summarize(again, runs[:2])
+    assert [row.operations_share for row in rows] == [None, None]
+    files = write_report(rows, again, "holitom-hf evaluate", tmp_path)
+    assert "accuracy_operations.png" not in [file.name for file in files]
 
 
 def test_a_stopped_evaluation_goes_on_and_repeats_nothing(answerer, folder, asked, runs, tmp_path):
@@ -315,7 +355,8 @@ def test_intervals_shrink_with_the_number_of_videos():
 def test_report_holds_every_run(results, runs, answerer, tmp_path):
     pytest.importorskip("matplotlib")
     files = write_report(summarize(results, runs), results, "holitom-hf evaluate", tmp_path)
-    assert [file.name for file in files] == ["table.md", "table.json", "accuracy_flops.png", "accuracy_types.png"]
+    pictures = ["accuracy_flops.png", "accuracy_operations.png", "accuracy_types.png"]
+    assert [file.name for file in files] == ["table.md", "table.json", *pictures]
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["run"] for row in table["rows"]] == [run.name for run in runs]
     assert table["torch"] == torch.__version__.split("+")[0]

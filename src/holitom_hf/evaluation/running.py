@@ -19,6 +19,7 @@ from ..configuration import HoliTomConfig
 from ..models.upstream import cache_of
 from ..models.vision import HoliTomVideoFeatures
 from .methods import Run
+from .operations import EncodedVideo, encoded_video, first_token_operations, merging_operations
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Result:
         flops_counted: As torch counts them, merging and the output layer included; `None` where not counted.
         seconds: For merging, prompt and answer: the batch's time by its size.
         settings: The run's, those that are not the defaults.
+        operations: All up to the first token, the vision tower's among them, as torch counts; `None` in files that
+            were written before there was this field.
     """
 
     run: str
@@ -53,6 +56,7 @@ class Result:
     flops_counted: float | None
     seconds: float
     settings: dict = field(default_factory=dict)
+    operations: float | None = None
 
 
 class AnswerFile:
@@ -178,7 +182,7 @@ def _batches(questions: list[VideoQuestion], batch_size: int) -> Iterator[list[V
         yield batch
 
 
-def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, HoliTomVideoFeatures]:
+def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, EncodedVideo]:
     """Every video through the tower, with what any method may ask for."""
     everything = HoliTomConfig(retention_ratio=0.5)
     model, video_processor = answerer.model, answerer.processor.video_processor
@@ -187,19 +191,20 @@ def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) ->
         pixels = video_processor(str(folder / video), num_frames=num_frames, return_tensors="pt")[
             "pixel_values_videos"
         ]
-        encoded[video] = model.get_video_features(
+        features = model.get_video_features(
             pixels.to(model.device, model.dtype),
             vision_batch_size=32,
             holitom_config=everything,
             return_vision_states=False,
             return_dict=True,
         )
+        encoded[video] = encoded_video(features, model.config, pixels.shape[1])
     return encoded
 
 
-def _together(encoded: dict[str, HoliTomVideoFeatures], questions: list[VideoQuestion]) -> HoliTomVideoFeatures:
+def _together(encoded: dict[str, EncodedVideo], questions: list[VideoQuestion]) -> HoliTomVideoFeatures:
     """The questions' videos as one output of the tower, one entry a question."""
-    videos = [encoded[question.video] for question in questions]
+    videos = [encoded[question.video].features for question in questions]
     return HoliTomVideoFeatures(
         pooler_output=[video.pooler_output[0] for video in videos],
         importance=[video.importance[0] for video in videos],
@@ -214,7 +219,7 @@ def _prompts(answerer: Answerer, questions: list[VideoQuestion], encoded) -> dic
     for question in questions:
         content = [{"type": "video"}, {"type": "text", "text": question.text}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        num_tokens = len(encoded[question.video].pooler_output[0])
+        num_tokens = len(encoded[question.video].features.pooler_output[0])
         texts.append(text.replace(processor.video_token, processor.video_token * num_tokens))
     tokenizer.padding_side = "left"
     inputs = tokenizer(texts, padding=True, return_tensors="pt").to(answerer.model.device)
@@ -241,9 +246,14 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
 
     num_visual = [len(video) for video in videos.pooler_output]
     savings = row_savings(cache_of(outputs), inputs["attention_mask"], num_visual, model.config.text_config)
+    num_text = [n - visual for n, visual in zip(inputs["attention_mask"].sum(1).tolist(), num_visual)]
+    merging: dict[str, float] = {}
     results = []
     for row, question in enumerate(questions):
         is_counted = question.id in counted
+        video = encoded[question.video]
+        if question.video not in merging or run.settings.needs_question:
+            merging[question.video] = merging_operations(model, video, run.settings, num_text[row])
         results.append(
             Result(
                 run=run.name,
@@ -258,6 +268,9 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
                 flops_counted=_count(answerer, run, question, encoded) if is_counted else None,
                 seconds=seconds,
                 settings=changed_settings(run.settings),
+                operations=first_token_operations(
+                    model, video, run.settings, savings[row], num_text[row], merging[question.video]
+                ),
             )
         )
     return results
