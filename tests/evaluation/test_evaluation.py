@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 
 from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
-from holitom_hf.bundled.questions import write_set
+from holitom_hf.bundled import BUNDLED_MODEL
+from holitom_hf.bundled.questions import second_turns, write_set
 from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
+from holitom_hf.evaluation import running
 from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs, settings_runs
 from holitom_hf.evaluation.report import check_claims, summarize, write_report
-from holitom_hf.evaluation.running import Result, evaluate, is_right
+from holitom_hf.evaluation.running import Result, describe, evaluate, is_right
 from holitom_hf.evaluation.statistics import mcnemar
 
 
@@ -74,6 +77,43 @@ def test_answers_are_those_of_one_question_at_a_time(answerer, folder, results, 
                 answer.visual_tokens_outer,
                 answer.visual_tokens_inner,
             )
+
+
+@torch.inference_mode()
+def test_a_second_question_is_answered_as_by_upstream_over_the_whole_conversation(tmp_path):
+    """By the bundled model, one row after another and from pixels; batches hold first and second questions."""
+    answerer = Answerer(str(BUNDLED_MODEL), device="cpu", dtype="float32")
+    answerer.load_model()
+    written = write_set(tmp_path, 7, "unseen-turns", side=112)
+    questions = [replace(written[0], before=None), *written[1:]]
+    runs = method_runs(answerer.config.holitom_config, ["holitom", "farthest"], [0.15])
+    results = evaluate(answerer, tmp_path, questions, runs, tmp_path, max_new_tokens=3)
+    upstream = LlavaOnevisionForConditionalGeneration.from_pretrained(BUNDLED_MODEL, dtype="float32").eval()
+    processor = answerer.processor
+
+    def answer(model, video, messages, **kwargs):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        num_frames = next(question.num_frames for question in questions if question.video == video)
+        inputs = processor(text=text, videos=str(tmp_path / video), num_frames=num_frames, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=3, do_sample=False, **kwargs)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def user(text, *parts):
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    for run in runs:
+        model, kwargs = (answerer.model, {"holitom_config": run.settings}) if run.name != "full" else (upstream, {})
+        for question in questions:
+            [result] = [r for r in results if (r.run, r.id) == (run.name, question.id)]
+            messages, first = [user(question.text, {"type": "video"})], None
+            if question.before is not None:
+                before = user(question.before, {"type": "video"})
+                first = answer(model, question.video, [before], **kwargs)
+                said = {"role": "assistant", "content": [{"type": "text", "text": first}]}
+                messages = [before, said, user(question.text)]
+            assert result.first_answer == first
+            assert result.answer == answer(model, question.video, messages, **kwargs), run.name
+    assert len({r.answer for r in results}) > 3
 
 
 def test_figures(results, runs):
@@ -171,6 +211,15 @@ def test_answers_under_other_settings_of_the_same_name_are_given_anew(answerer, 
     lengths = [{r.id: r.tokens_outer for r in results if r.run == "variant"} for results in (first, second)]
     assert all(lengths[1][name] < 0.5 * lengths[0][name] for name in lengths[0])
     assert answered_with(before) == [r for r in first if r.run == "variant"]
+
+
+def test_second_questions_are_another_set_and_first_ones_the_set_they_were(answerer, asked, monkeypatch):
+    seen = []
+    monkeypatch.setattr(running.json, "dumps", lambda value, **kwargs: seen.append(value) or "")
+    describe(answerer, [asked[0], *second_turns(asked[:2])])
+    first, second, _ = seen[0][3]
+    assert set(first) == {"type", "text", "answer", "about", "video", "id", "num_frames"}
+    assert second["before"] == asked[1].text
 
 
 def test_a_model_with_other_settings_of_its_own_goes_on_with_the_same_file(answerer, folder, asked, tmp_path):

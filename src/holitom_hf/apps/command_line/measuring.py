@@ -29,7 +29,11 @@ app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
 # Options of drawn sets.
 Split = Annotated[
-    str, typer.Option(help="train, validation (to choose by), test, or unseen (of another kind); they never meet.")
+    str,
+    typer.Option(
+        help="train, validation (to choose by), test, unseen (of another kind), or unseen-turns (the same kind, each "
+        "question after another one); they never meet."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed, another set.")]
 # Options that the benchmarks share.
