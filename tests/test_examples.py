@@ -69,6 +69,17 @@ def test_fine_tuning(tmp_path):
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
 
 
+def test_merging_is_measured_with_what_it_needs(tmp_path):
+    output = run(sys.executable, EXAMPLES / "measure_merging.py", "--frames", "2", "--rounds", "2", cwd=tmp_path)
+    assert re.match(r"2 frames, R = 10%, \d+ threads, 2 rounds\n", output)
+    number = r"(\d+\.\d+)"
+    medians = {name: float(ms) for name, ms in re.findall(rf"^([^/\n]+): {number} ms \[", output, flags=re.MULTILINE)}
+    assert set(medians) == {"importance", "stages 1 and 2", "farthest points", "HoliTom, importance and stages"}
+    ratios = re.findall(rf"^farthest points / (.+): {number} \[{number}, {number}\]$", output, flags=re.MULTILINE)
+    assert [name for name, *_ in ratios] == ["HoliTom, importance and stages", "stages 1 and 2"]
+    assert all(float(low) <= float(median) <= float(high) for _, median, low, high in ratios)
+
+
 def test_the_scripts_name_commands_and_options_that_exist():
     from holitom_hf import HoliTomConfig
 

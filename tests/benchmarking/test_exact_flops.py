@@ -18,10 +18,12 @@ from holitom_hf.benchmarking.exact_flops import (
 )
 from holitom_hf.benchmarking.models import contest
 from holitom_hf.benchmarking.synthetic import synthetic_features
+from holitom_hf.merging import METHODS
 from holitom_hf.merging.flops import prefill_flops, tokens_by_layer
 from holitom_hf.merging.inner import fold_tokens, most_similar
 from holitom_hf.merging.segmentation import compare_by_products
 from holitom_hf.merging.spatial import cluster_tokens
+from holitom_hf.merging.video_tokens import VideoTokens
 from holitom_hf.models.vision_importance import vision_importance
 
 
@@ -96,6 +98,39 @@ def test_what_holitom_adds_has_the_operations_that_torch_counts(game):
     fold = counted(lambda: fold_tokens(tokens, kept, folded, most_similar(tokens, kept, folded)))
     query = inner_merging_flops(text, 40, [(10, 16)], is_folding=False)
     assert fold == inner_merging_flops(text, 40, [(10, 16)], is_folding=True) - query
+
+
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.group != "ablation" and name != "holitom"])
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.6])
+def test_other_methods_have_the_operations_that_torch_counts(name, ratio):
+    random = torch.Generator().manual_seed(0)
+    sizes = ((9, 25, 24), (9, 25, 8), (5, 24), (9, 25))
+    features, keys, question, importance = (torch.randn(size, generator=random) for size in sizes)
+    video = VideoTokens(features, importance.exp(), keys, question=question)
+    settings = HoliTomConfig(outer_method=name, retention_ratio=ratio, similarity_threshold=1.0)
+    method = METHODS[name]
+    expected = method.flops(video, settings) if method.flops else 0.0
+    assert counted(lambda: method.merge(video, settings)) == expected
+    assert bool(expected) == (method.flops is not None) or name == "visionzip"  # which has no targets of one token
+
+
+@pytest.mark.parametrize("name", ["farthest_points", "question_tokens"])
+def test_leaving_repeats_out_costs_stage_1s_products(name):
+    video = VideoTokens(synthetic_features(2, 16, 24), question=torch.randn(5, 24))
+    settings = HoliTomConfig(outer_method=name, retention_ratio=0.5, similarity_threshold=0.8)
+    # Two frames at once are multiplied 2x2, which is one product too many.
+    total = METHODS[name].flops(video, settings) + 2 * 24 * 16
+    assert counted(lambda: METHODS[name].merge(video, settings)) == total
+
+
+def test_farthest_points_in_the_model_have_the_operations_that_torch_counts(game):
+    model = game.models["holitom"]
+    settings = HoliTomConfig.from_preset("farthest-points-r10")
+    num_text = game.input_ids.shape[1] - FRAMES * 196 - 1
+    plan = plan_video(settings, FRAMES, 196)
+    expected = forward_flops(model.config, FRAMES, num_text, plan, settings)
+    assert expected.own == expected.choosing > 0
+    assert counted(lambda: model(**game.inputs(), holitom_config=settings, logits_to_keep=1)) == expected.total
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -192,7 +192,7 @@ def test_a_set_without_its_last_file_is_not_a_set(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"split": "dev"}, "split must be one of train, test, validation, unseen, got 'dev'"),
+        ({"split": "dev"}, "split must be one of train, test, validation, unseen, unseen-turns, got 'dev'"),
         ({"num_questions": 0}, "num_questions must be positive"),
         ({"side": 113}, "side must be even and at least 112"),
         ({"side": 64}, "side must be even and at least 112"),

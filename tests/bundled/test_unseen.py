@@ -1,9 +1,11 @@
 """The second family of test clips: all in the picture, apart, in every encoding, with as many frames as they say."""
 
+import json
+
 import numpy as np
 
 from holitom_hf import HoliTomVideoProcessor
-from holitom_hf.bundled.questions import draw_set, read_set, uniform_times, write_set
+from holitom_hf.bundled.questions import DrawnVideoQuestions, draw_set, read_set, uniform_times, write_set
 from holitom_hf.video.encoding import ENCODINGS
 
 
@@ -31,6 +33,23 @@ def test_the_family_has_what_training_has_not():
     shapes = [shape for clip in CLIPS for shape in clip.shapes]
     assert any(shape.is_outlined for shape in shapes)
     assert all(shape.tilt for shape in shapes)
+
+
+def test_second_questions_come_after_another_one_about_the_same_clip(tmp_path):
+    drawn = [questions for _, questions in draw_set(60, "unseen-turns")]
+    assert sum(map(len, drawn)) == 60
+    for questions in drawn:
+        assert all(question.before and question.before != question.text for question in questions)
+    written = write_set(tmp_path, 6, "unseen-turns", side=112)
+    assert read_set(tmp_path) == written
+    assert [q.before for q in written] == [q.before for _, asked in draw_set(6, "unseen-turns") for q in asked]
+    assert [line["before"] for line in DrawnVideoQuestions(6, "unseen-turns")] == [q.before for q in written]
+
+
+def test_first_questions_are_written_as_they_were(tmp_path):
+    write_set(tmp_path, 3, "unseen", side=112)
+    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line} == {"id", "video", "question", "answer", "type", "num_frames"}
 
 
 def test_written_files_of_every_encoding_are_read_whole(tmp_path):

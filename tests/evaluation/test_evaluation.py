@@ -8,15 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 
 from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
-from holitom_hf.bundled.questions import write_set
+from holitom_hf.bundled import BUNDLED_MODEL
+from holitom_hf.bundled.questions import second_turns, write_set
 from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
+from holitom_hf.evaluation import running
 from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs, settings_runs
 from holitom_hf.evaluation.report import check_claims, summarize, write_report
-from holitom_hf.evaluation.running import Result, evaluate, is_right
+from holitom_hf.evaluation.running import Result, describe, evaluate, is_right
 from holitom_hf.evaluation.statistics import mcnemar
 
 
@@ -74,6 +79,43 @@ def test_answers_are_those_of_one_question_at_a_time(answerer, folder, results, 
             )
 
 
+@torch.inference_mode()
+def test_a_second_question_is_answered_as_by_upstream_over_the_whole_conversation(tmp_path):
+    """By the bundled model, one row after another and from pixels; batches hold first and second questions."""
+    answerer = Answerer(str(BUNDLED_MODEL), device="cpu", dtype="float32")
+    answerer.load_model()
+    written = write_set(tmp_path, 7, "unseen-turns", side=112)
+    questions = [replace(written[0], before=None), *written[1:]]
+    runs = method_runs(answerer.config.holitom_config, ["holitom", "farthest"], [0.15])
+    results = evaluate(answerer, tmp_path, questions, runs, tmp_path, max_new_tokens=3)
+    upstream = LlavaOnevisionForConditionalGeneration.from_pretrained(BUNDLED_MODEL, dtype="float32").eval()
+    processor = answerer.processor
+
+    def answer(model, video, messages, **kwargs):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        num_frames = next(question.num_frames for question in questions if question.video == video)
+        inputs = processor(text=text, videos=str(tmp_path / video), num_frames=num_frames, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=3, do_sample=False, **kwargs)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def user(text, *parts):
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    for run in runs:
+        model, kwargs = (answerer.model, {"holitom_config": run.settings}) if run.name != "full" else (upstream, {})
+        for question in questions:
+            [result] = [r for r in results if (r.run, r.id) == (run.name, question.id)]
+            messages, first = [user(question.text, {"type": "video"})], None
+            if question.before is not None:
+                before = user(question.before, {"type": "video"})
+                first = answer(model, question.video, [before], **kwargs)
+                said = {"role": "assistant", "content": [{"type": "text", "text": first}]}
+                messages = [before, said, user(question.text)]
+            assert result.first_answer == first
+            assert result.answer == answer(model, question.video, messages, **kwargs), run.name
+    assert len({r.answer for r in results}) > 3
+
+
 def test_figures(results, runs):
     rows = {row.run: row for row in summarize(results, runs)}
     assert rows["full"].tokens_outer == rows["full"].tokens_inner == 16 * 49 + 1
@@ -86,6 +128,44 @@ def test_figures(results, runs):
     assert rows["holitom@0.2"].flops_share < rows["holitom-outer@0.2"].flops_share
     assert rows["fastv@0.2"].tokens_outer == 785
     assert rows["fastv@0.2"].tokens_inner == pytest.approx(0.2 * 785, abs=1)
+
+
+@torch.inference_mode()
+def test_operations_are_those_that_torch_counts_from_pixels_to_the_first_token(answerer, folder, asked, results, runs):
+    """Of questions about two videos, whose prompts differ in length."""
+    chosen = {question.video: question for question in asked}
+    for run in runs:
+        for question in list(chosen.values())[:2]:
+            inputs = answerer.prepare(str(folder / "questions" / question.video), question.text).features
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                answerer.model(**inputs, holitom_config=run.settings, logits_to_keep=1)
+            [result] = [r for r in results if (r.run, r.id) == (run.name, question.id)]
+            assert result.operations == counter.get_total_flops(), run.name
+
+
+def test_shares_of_all_operations_are_of_the_same_questions(results, runs):
+    old = [replace(r, operations=None) if r.id.endswith("-0") else r for r in results]
+    rows, some = ({row.run: row for row in summarize(given, runs)} for given in (results, old))
+    for run in runs:
+        assert rows[run.name].flops_share < rows[run.name].operations_share <= 1 or run.name == "full"
+        given = [r for r in old if r.operations is not None and r.run in (run.name, "full")]
+        own, full = (sum(r.operations for r in given if r.run == name) for name in (run.name, "full"))
+        assert some[run.name].operations_share == pytest.approx(own / full)
+    assert rows["full"].operations_share == 1
+
+
+def test_answers_from_before_operations_were_counted_are_read(answerer, folder, asked, runs, tmp_path):
+    first = evaluate(answerer, folder / "questions", asked[:2], runs[:2], tmp_path, max_new_tokens=1)
+    head, *lines = (json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+    for line in lines:
+        del line["operations"]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [head, *lines]))
+    again = evaluate(answerer, tmp_path / "no videos needed", asked[:2], runs[:2], tmp_path)
+    assert again == [replace(result, operations=None) for result in first]
+    rows = summarize(again, runs[:2])
+    assert [row.operations_share for row in rows] == [None, None]
+    files = write_report(rows, again, "holitom-hf evaluate", tmp_path)
+    assert "accuracy_operations.png" not in [file.name for file in files]
 
 
 def test_a_stopped_evaluation_goes_on_and_repeats_nothing(answerer, folder, asked, runs, tmp_path):
@@ -131,6 +211,15 @@ def test_answers_under_other_settings_of_the_same_name_are_given_anew(answerer, 
     lengths = [{r.id: r.tokens_outer for r in results if r.run == "variant"} for results in (first, second)]
     assert all(lengths[1][name] < 0.5 * lengths[0][name] for name in lengths[0])
     assert answered_with(before) == [r for r in first if r.run == "variant"]
+
+
+def test_second_questions_are_another_set_and_first_ones_the_set_they_were(answerer, asked, monkeypatch):
+    seen = []
+    monkeypatch.setattr(running.json, "dumps", lambda value, **kwargs: seen.append(value) or "")
+    describe(answerer, [asked[0], *second_turns(asked[:2])])
+    first, second, _ = seen[0][3]
+    assert set(first) == {"type", "text", "answer", "about", "video", "id", "num_frames"}
+    assert second["before"] == asked[1].text
 
 
 def test_a_model_with_other_settings_of_its_own_goes_on_with_the_same_file(answerer, folder, asked, tmp_path):
@@ -315,7 +404,8 @@ def test_intervals_shrink_with_the_number_of_videos():
 def test_report_holds_every_run(results, runs, answerer, tmp_path):
     pytest.importorskip("matplotlib")
     files = write_report(summarize(results, runs), results, "holitom-hf evaluate", tmp_path)
-    assert [file.name for file in files] == ["table.md", "table.json", "accuracy_flops.png", "accuracy_types.png"]
+    pictures = ["accuracy_flops.png", "accuracy_operations.png", "accuracy_types.png"]
+    assert [file.name for file in files] == ["table.md", "table.json", *pictures]
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["run"] for row in table["rows"]] == [run.name for run in runs]
     assert table["torch"] == torch.__version__.split("+")[0]

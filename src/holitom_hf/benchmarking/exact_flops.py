@@ -10,9 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+
 from ..configuration import HoliTomConfig
-from ..merging.flops import prefill_flops, tokens_by_layer
+from ..merging.flops import prefill_flops, segmentation_flops, tokens_by_layer
 from ..merging.inner import num_inner_kept
+from ..merging.registry import METHODS
+from ..merging.video_tokens import VideoTokens
+from ..models.operations import (
+    decoder_flops,
+    importance_flops,
+    inner_merging_flops,
+    output_layer_flops,
+    projector_flops,
+    vision_tower_flops,
+)
 
 
 @dataclass
@@ -25,6 +37,7 @@ class ForwardFlops:
         importance: The one layer's attention, from its queries and keys.
         segmentation: Norms and products of adjacent frames' tokens.
         clustering: Distances, and sums over members.
+        choosing: What another method than HoliTom multiplies, as its `flops` in the registry has it.
         decoder: All layers.
         inner_merging: The query row that stage 3 asks for, and similarities of what is folded.
         output_layer: The vocabulary, for one token.
@@ -35,6 +48,7 @@ class ForwardFlops:
     importance: float
     segmentation: float
     clustering: float
+    choosing: float
     decoder: float
     inner_merging: float
     output_layer: float
@@ -46,36 +60,8 @@ class ForwardFlops:
 
     @property
     def own(self) -> float:
-        """What HoliTom adds."""
-        return self.importance + self.segmentation + self.clustering + self.inner_merging
-
-
-def vision_tower_flops(vision_config, num_frames: int) -> float:
-    """Operations of a SigLIP tower without a head over `num_frames` frames."""
-    width, hidden = vision_config.hidden_size, vision_config.intermediate_size
-    patches = _num_patches(vision_config)
-    embedding = 2 * patches * vision_config.num_channels * vision_config.patch_size**2 * width
-    layer = 2 * patches * (4 * width**2 + 2 * width * hidden) + 4 * patches**2 * width
-    return float(num_frames * (embedding + vision_config.num_hidden_layers * layer))
-
-
-def projector_flops(config, num_frames: int) -> float:
-    """Operations of LLaVA-OneVision's two-layer projector, which runs before the pooling."""
-    layers = config.vision_feature_layer
-    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    dim = config.text_config.hidden_size
-    return float(num_frames * 2 * _num_patches(config.vision_config) * (width * dim + dim * dim))
-
-
-def importance_flops(vision_config, num_frames: int) -> float:
-    """Operations of [`vision_importance`]: two projections and the scores."""
-    patches, width = _num_patches(vision_config), vision_config.hidden_size
-    return float(num_frames * (2 * patches * 2 * width**2 + 2 * patches**2 * width))
-
-
-def segmentation_flops(num_frames: int, tokens_per_frame: int, dim: int) -> float:
-    """Operations of [`frame_similarity`] where each norm and each product of adjacent tokens is computed once."""
-    return float(2 * dim * tokens_per_frame * (2 * num_frames - 1))
+        """What HoliTom, or the method in its place, adds."""
+        return self.importance + self.segmentation + self.clustering + self.choosing + self.inner_merging
 
 
 def clustering_flops(num_tokens: Sequence[int], num_clusters: Sequence[int], dim: int) -> float:
@@ -83,43 +69,20 @@ def clustering_flops(num_tokens: Sequence[int], num_clusters: Sequence[int], dim
     return float(sum(2 * dim * n * (n + m) for n, m in zip(num_tokens, num_clusters) if m))
 
 
-def decoder_flops(text_config, num_tokens: Sequence[int]) -> float:
-    """
-    Operations of a prompt's way through Qwen2's layers, every token's attention over all of them (as torch counts).
-
-    Args:
-        text_config: Of the decoder.
-        num_tokens: n of every layer.
-    """
-    dim, heads, groups = text_config.hidden_size, text_config.num_attention_heads, text_config.num_key_value_heads
-    head_dim = getattr(text_config, "head_dim", None) or dim // heads
-    per_token = 2 * dim * head_dim * (2 * heads + 2 * groups) + 2 * 3 * dim * text_config.intermediate_size
-    return float(sum(n * per_token + 4 * n**2 * heads * head_dim for n in num_tokens))
-
-
-def inner_merging_flops(text_config, num_tokens: int, videos: Sequence[tuple[int, int]], is_folding: bool) -> float:
-    """
-    Operations of stage 3.
-
-    Args:
-        text_config: Of the decoder.
-        num_tokens: Tokens that enter the decoder.
-        videos: How many tokens of each video are kept and how many removed.
-        is_folding: Whether removed ones are folded into kept ones.
-    """
-    dim, heads = text_config.hidden_size, text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or dim // heads
-    query = 2 * dim * heads * head_dim + 2 * num_tokens * heads * head_dim
-    return float(query + is_folding * sum(2 * dim * kept * removed for kept, removed in videos))
-
-
-def output_layer_flops(text_config) -> float:
-    """Operations of the vocabulary's logits for one token."""
-    return float(2 * text_config.hidden_size * text_config.vocab_size)
-
-
-def _num_patches(vision_config) -> int:
-    return (vision_config.image_size // vision_config.patch_size) ** 2
+def choosing_flops(config, num_frames: int, tokens_per_frame: int, num_text: int, settings) -> float:
+    """Operations of the method that the settings name, where the registry has them; HoliTom's follow from a plan."""
+    flops = METHODS[settings.outer_method].flops if settings.has_outer_stage else None
+    if flops is None:
+        return 0.0
+    vision, dim = config.vision_config, config.text_config.hidden_size
+    sizes = VideoTokens(
+        torch.empty(num_frames, tokens_per_frame, dim, device="meta"),
+        keys=torch.empty(
+            num_frames, tokens_per_frame, vision.hidden_size // vision.num_attention_heads, device="meta"
+        ),
+        question=torch.empty(num_text, dim, device="meta"),
+    )
+    return flops(sizes, settings)
 
 
 @dataclass
@@ -165,7 +128,8 @@ def plan_video(
 
 def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, settings=None) -> ForwardFlops:
     """
-    Operations of a prompt with one video, up to its first token.
+    Operations of a prompt with one video, up to its first token. What other methods' dropped tokens count with under
+    `proportional_attention` is not among them, nor are the products of HoliTom's ablations.
 
     Args:
         config: [`HoliTomLlavaOnevisionConfig`].
@@ -193,6 +157,7 @@ def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, setti
         importance=importance_flops(config.vision_config, num_frames) if settings.needs_importance else 0.0,
         segmentation=segmentation_flops(num_frames, side**2, text.hidden_size) if clusters_videos else 0.0,
         clustering=clustering_flops(plan.num_static, plan.num_clusters, text.hidden_size),
+        choosing=choosing_flops(config, num_frames, side**2, num_text, settings),
         decoder=decoder_flops(text, layers),
         inner_merging=inner,
         output_layer=output_layer_flops(text),

@@ -17,10 +17,10 @@ from ..merging.outer import merge_videos
 from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
 from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
 from ..models.llava_onevision.processing import HoliTomVideoProcessor
+from ..models.operations import projector_flops, vision_tower_flops
 from ..models.upstream import CACHE_NAME, cache_of
 from ..models.vision_importance import vision_importance
 from ..sequence.compaction import compact_prompt
-from .exact_flops import projector_flops, vision_tower_flops
 from .measuring import Spread, alternate, count_operations, count_waits, peak_bytes, seconds, wait_for
 from .models import Contest, contest
 from .stage_benchmark import machine_limits

@@ -178,6 +178,7 @@ def flops_table(plain: ForwardFlops, ours: ForwardFlops, paper: tuple[float, flo
         "importance": "importance",
         "segmentation": "segmentation",
         "clustering": "clustering",
+        "choosing": "choosing, other methods",
         "decoder": "decoder",
         "inner_merging": "stage 3",
         "output_layer": "output layer, one token",

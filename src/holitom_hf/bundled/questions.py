@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ QUESTION_TYPES = (
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 NUM_FRAMES = 16  # that the questions about a written clip can be answered from, uniformly sampled
 # First number of every clip's seed. Whatever is chosen is chosen on validation, which is drawn as test is; unseen is
-# of another family (unseen.py).
-SPLITS = {"train": 0, "test": 1, "validation": 2, "unseen": 3}
+# of another family (unseen.py), and so is unseen-turns, whose questions come second in their conversation.
+SPLITS = {"train": 0, "test": 1, "validation": 2, "unseen": 3, "unseen-turns": 4}
 
 TEMPLATES = {
     "color": ("What color is the {shape}?", "Which color does the {shape} have?"),
@@ -52,12 +52,14 @@ class Question:
         text: The question.
         answer: The only right answer, in lower case.
         about: Names of the shapes or backgrounds it is about, in the text's order; not written to files.
+        before: The question that is asked, and answered, before it in the same conversation, if any.
     """
 
     type: str
     text: str
     answer: str
     about: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
+    before: str | None = field(default=None, kw_only=True)
 
 
 @dataclass
@@ -132,6 +134,12 @@ def ask(clip: Clip, times: np.ndarray, random: np.random.Generator) -> list[Ques
     for shape in some([s for s in seen if _changes_visibly(s, clip, times)], 3):
         add("change", shape.behavior, shape, name=shape.name)
     return some(asked, len(asked))
+
+
+def second_turns(questions: list[Question]) -> list[Question]:
+    """Every question of a clip after the one before it, the first after the last; none where there is but one."""
+    befores = questions[-1:] + questions[:-1]
+    return [replace(q, before=before.text) for q, before in zip(questions, befores) if before is not q]
 
 
 def _is_only(shape: Shape, shapes: list[Shape], attribute: str) -> bool:
@@ -245,8 +253,11 @@ def draw_set(num_questions: int, split: str = "test", seed: int = 0) -> Iterator
     while (total := sum(counts.values())) < num_questions:
         random = np.random.default_rng((SPLITS[split], seed, number))
         number += 1
-        clip = unseen_clip(random) if split == "unseen" else random_clip(random, held_out=split != "train")
+        is_unseen = split in ("unseen", "unseen-turns")
+        clip = unseen_clip(random) if is_unseen else random_clip(random, held_out=split != "train")
         questions = ask(clip, uniform_times(clip.num_frames or NUM_FRAMES), random)
+        if split == "unseen-turns":
+            questions = second_turns(questions)
         limit = min(counts.values()) + max(2, num_questions // 100)
         chosen: list[Question] = []
         for question in questions:
@@ -328,13 +339,15 @@ def _to_line(question: VideoQuestion) -> dict:
         "answer": question.answer,
         "type": question.type,
     }
-    return line if question.num_frames is None else line | {"num_frames": question.num_frames}
+    some = {"num_frames": question.num_frames, "before": question.before}
+    return line | {name: value for name, value in some.items() if value is not None}
 
 
 class DrawnVideoQuestions:
     """
     The questions of [`draw_set`] one by one, as `datasets` has them: dictionaries with `id`, `video` (F, H, W, 3)
-    uint8, `question`, `answer` and `type`. `datasets.IterableDataset.from_generator` takes an instance's `__iter__`.
+    uint8, `question`, `answer` and `type`, and `before` in a split whose questions come second.
+    `datasets.IterableDataset.from_generator` takes an instance's `__iter__`.
     """
 
     def __init__(
@@ -361,10 +374,11 @@ class DrawnVideoQuestions:
         for number, (clip, questions) in enumerate(draw_set(self.num_questions, self.split, self.seed)):
             video = clip.render(uniform_times(clip.num_frames or self.num_frames), self.side)
             for index, question in enumerate(questions):
-                yield {
+                line = {
                     "id": f"{self.split}-{self.seed}-{number:04d}-{index}",
                     "video": video,
                     "question": question.text,
                     "answer": question.answer,
                     "type": question.type,
                 }
+                yield line if question.before is None else line | {"before": question.before}

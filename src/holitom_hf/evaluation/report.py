@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import operator
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,14 @@ NUM_RESAMPLES = 2000
 TO_KEEP = {"holitom": {0.15: 0.99, 0.10: 0.98}, "farthest": {0.15: 0.99, 0.10: 0.98, 0.05: 0.96}}
 
 
+CAPTION = (
+    "Operations up to the first token, as shares of the uncompressed model's. FLOPs: the decoder's, by the paper's "
+    "formula. Counted: of merging, decoder and output layer, by torch's counter over a few questions. All operations: "
+    "those and vision tower, projector and, for rows that use it, importance, of every question; products and "
+    "convolutions, merging as torch counts it while it runs, the rest by formulas that tests hold equal to its count."
+)
+
+
 @dataclass
 class Row:
     """
@@ -38,6 +47,8 @@ class Row:
         tokens_outer, tokens_inner: Mean visual tokens before the decoder and after stage 3.
         flops_share: Decoder operations for the prompt as a share of the uncompressed model's, the paper's formula.
         flops_share_counted: The same, as torch counts them over a few questions; `None` where they were not counted.
+        operations_share: All operations up to the first token, the vision tower's among them, as a share of the
+            uncompressed model's over the same questions; `None` where no result has them.
         seconds: Median time for a question.
         is_running: Whether it shows that it shortens videos, as [`is_running`] has it; a run that does not gets no
             verdict. The uncompressed run is.
@@ -61,6 +72,7 @@ class Row:
     tokens_inner: float
     flops_share: float
     flops_share_counted: float | None
+    operations_share: float | None
     seconds: float
     is_running: bool
     only_ours: int
@@ -116,7 +128,6 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
     resampled = _Resampled({result.video for result in results})
     full_accuracy, full_resampled = _accuracy(full), resampled.accuracies(full)
     full_flops = np.mean([result.flops for result in full])
-    full_counted = {r.id: r.flops_counted for r in full if r.flops_counted is not None}
     rows = []
     for run in runs:
         own = by_run[run.name]
@@ -126,10 +137,6 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
             of_type = [result for result in own if result.type == kind]
             if of_type:
                 by_type[kind] = (_accuracy(of_type), *_interval(resampled.accuracies(of_type)))
-        counted = [r for r in own if r.flops_counted is not None and r.id in full_counted]
-        share_counted = None
-        if counted:
-            share_counted = sum(r.flops_counted for r in counted) / sum(full_counted[r.id] for r in counted)
         low, high = _interval(accuracies)
         only_ours, only_full, probability = mcnemar(own, full)
         relative = relative_low = relative_high = None
@@ -153,7 +160,8 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
                 tokens_outer=float(np.mean([result.tokens_outer for result in own])),
                 tokens_inner=float(np.mean([result.tokens_inner for result in own])),
                 flops_share=float(np.mean([result.flops for result in own]) / full_flops),
-                flops_share_counted=share_counted,
+                flops_share_counted=_share(own, full, "flops_counted"),
+                operations_share=_share(own, full, "operations"),
                 seconds=float(np.median([result.seconds for result in own])),
                 is_running=run.method == "full" or is_running(own, full),
                 only_ours=only_ours,
@@ -162,6 +170,13 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
             )
         )
     return rows
+
+
+def _share(own: list[Result], full: list[Result], name: str) -> float | None:
+    """A field summed up as a share of the uncompressed run's, over the questions of which both have it."""
+    before = {r.id: getattr(r, name) for r in full if getattr(r, name) is not None}
+    both = [r for r in own if getattr(r, name) is not None and r.id in before]
+    return sum(getattr(r, name) for r in both) / sum(before[r.id] for r in both) if both else None
 
 
 @dataclass
@@ -267,7 +282,8 @@ def environment() -> dict[str, str]:
 
 def write_report(rows: list[Row], results: list[Result], command: str, out: Path) -> list[Path]:
     """
-    Writes `table.json`, `table.md` and, with matplotlib, `accuracy_flops.png` and `accuracy_types.png`.
+    Writes `table.json`, `table.md` and, with matplotlib, `accuracy_flops.png`, `accuracy_operations.png` and
+    `accuracy_types.png`.
 
     Args:
         rows: From [`summarize`].
@@ -316,6 +332,7 @@ def _line(row: Row) -> list[str]:
         f"{row.tokens_inner:.0f}",
         f"{row.flops_share:.1%}",
         counted,
+        "" if row.operations_share is None else f"{row.operations_share:.1%}",
         f"{row.accuracy:.1%} [{row.accuracy_low:.1%}, {row.accuracy_high:.1%}]",
         "" if row.relative is None else f"{row.relative:.1%}",
         "" if row.method == "full" else f"+{row.only_ours} -{row.only_full}, p = {row.mcnemar:.2g}",
@@ -324,11 +341,11 @@ def _line(row: Row) -> list[str]:
 
 
 def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[str, str]) -> str:
-    head = ["method", "R", "tokens", "after stage 3", "FLOPs", "counted", "accuracy [95 %]", "relative", "McNemar"]
-    head.append("s/question")
+    head = ["method", "R", "tokens", "after stage 3", "FLOPs", "counted", "all operations", "accuracy [95 %]"]
+    head += ["relative", "McNemar", "s/question"]
     methods = [row for row in rows if not row.ablation]
     text = f"`{command}`\n\n" + ", ".join(f"{name} {value}" for name, value in where.items())
-    text += f"; {rows[0].num_questions} questions.\n\n" + _table(head, [_line(row) for row in methods])
+    text += f"; {rows[0].num_questions} questions.\n\n{CAPTION}\n\n" + _table(head, [_line(row) for row in methods])
     types = [kind for kind in QUESTION_TYPES if kind in rows[0].by_type]
     lines = [[_label(row), _line(row)[1], *(f"{row.by_type[k][0]:.1%}" for k in types)] for row in methods]
     text += "\nAccuracy by type of question\n\n" + _table(["method", "R", *types], lines)
@@ -352,7 +369,10 @@ def _plots(rows: list[Row], out: Path) -> list[Path]:
     except ImportError:
         return []
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
-        return [_plot_flops(rows, Figure, out), _plot_types(rows, Figure, out)]
+        files = [_plot_cost(rows, Figure, out, "flops")]
+        if all(row.operations_share is not None for row in rows):
+            files.append(_plot_cost(rows, Figure, out, "operations"))
+        return [*files, _plot_types(rows, Figure, out)]
 
 
 def _singles(rows: list[Row]) -> list[Row]:
@@ -360,14 +380,17 @@ def _singles(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.method is None and row.ablation is None]
 
 
-def _plot_flops(rows: list[Row], figure_class, out: Path) -> Path:
+def _plot_cost(rows: list[Row], figure_class, out: Path, cost: str) -> Path:
+    """Accuracy against what the rows' field `{cost}_share` has."""
+    names = {"flops": "FLOPs of the decoder", "operations": "all operations up to the first token"}
+    share = operator.attrgetter(f"{cost}_share")
     figure = figure_class(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
     full = next(row for row in rows if row.method == "full")
     axes.axhline(100 * full.accuracy, color="black", linestyle="--", linewidth=1)
     axes.text(0.01, 100 * full.accuracy, "uncompressed", transform=axes.get_yaxis_transform(), va="bottom")
     for name, method in ROWS.items():
-        own = sorted((row for row in rows if row.method == name), key=lambda row: row.flops_share)
+        own = sorted((row for row in rows if row.method == name), key=share)
         if not own:
             continue
         middle = np.array([100 * row.accuracy for row in own])
@@ -375,20 +398,20 @@ def _plot_flops(rows: list[Row], figure_class, out: Path) -> Path:
             middle - [100 * row.accuracy_low for row in own],
             np.array([100 * row.accuracy_high for row in own]) - middle,
         ]
-        flops = [100 * row.flops_share for row in own]
+        places = [100 * share(row) for row in own]
         style = {"color": method.color, "marker": method.marker, "label": method.label, "capsize": 2}
-        axes.errorbar(flops, middle, errors, linewidth=2.2 if name in TO_KEEP else 1.3, elinewidth=0.7, **style)
+        axes.errorbar(places, middle, errors, linewidth=2.2 if name in TO_KEEP else 1.3, elinewidth=0.7, **style)
     for row, marker in zip(_singles(rows), itertools.cycle(MARKERS)):
         error = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
         style = {"color": "black", "marker": marker, "label": _name(row), "capsize": 2, "linestyle": "none"}
-        axes.errorbar(100 * row.flops_share, 100 * row.accuracy, error, elinewidth=0.7, **style)
-    axes.set(xscale="log", xlabel="FLOPs of the decoder, % of the uncompressed model's", ylabel="accuracy, %")
+        axes.errorbar(100 * share(row), 100 * row.accuracy, error, elinewidth=0.7, **style)
+    axes.set(xscale="log", xlabel=f"{names[cost]}, % of the uncompressed model's", ylabel="accuracy, %")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.legend(frameon=False)
-    figure.savefig(out / "accuracy_flops.png", dpi=130)
-    return out / "accuracy_flops.png"
+    figure.savefig(out / f"accuracy_{cost}.png", dpi=130)
+    return out / f"accuracy_{cost}.png"
 
 
 def _plot_types(rows: list[Row], figure_class, out: Path) -> Path:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ..configuration import HoliTomConfig
 from ..models.upstream import cache_of
 from ..models.vision import HoliTomVideoFeatures
 from .methods import Run
+from .operations import EncodedVideo, encoded_video, first_token_operations, merging_operations
 
 
 @dataclass
@@ -39,6 +40,9 @@ class Result:
         flops_counted: As torch counts them, merging and the output layer included; `None` where not counted.
         seconds: For merging, prompt and answer: the batch's time by its size.
         settings: The run's, those that are not the defaults.
+        operations: All up to the first token, the vision tower's among them, as torch counts; `None` in files that
+            were written before there was this field.
+        first_answer: What the run said to the question before, if there was one.
     """
 
     run: str
@@ -53,6 +57,8 @@ class Result:
     flops_counted: float | None
     seconds: float
     settings: dict = field(default_factory=dict)
+    operations: float | None = None
+    first_answer: str | None = None
 
 
 class AnswerFile:
@@ -100,6 +106,9 @@ def describe(answerer: Answerer, questions: list[VideoQuestion]) -> dict:
         config.pop(name, None)
     weights = [parameter.flatten()[:16].tolist() for parameter in answerer.model.parameters() if not parameter.is_meta]
     asked = [asdict(question) for question in questions]
+    for question in asked:
+        if question["before"] is None:  # as before there was this field
+            del question["before"]
     texts = json.dumps([config, str(answerer.model.dtype), weights, asked], sort_keys=True, default=str)
     return {"model": Path(answerer.name).name, "sha256": hashlib.sha256(texts.encode()).hexdigest()}
 
@@ -118,6 +127,9 @@ def evaluate(
 ) -> list[Result]:
     """
     Answers every question with every run's settings. Every video goes once through the vision tower.
+
+    Where a question comes after another one, the run answers that one first, and what it said stays in the
+    conversation, which goes through the decoder as a whole again; figures are those of the second answer.
 
     Args:
         answerer: With its weights loaded.
@@ -178,7 +190,7 @@ def _batches(questions: list[VideoQuestion], batch_size: int) -> Iterator[list[V
         yield batch
 
 
-def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, HoliTomVideoFeatures]:
+def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, EncodedVideo]:
     """Every video through the tower, with what any method may ask for."""
     everything = HoliTomConfig(retention_ratio=0.5)
     model, video_processor = answerer.model, answerer.processor.video_processor
@@ -187,19 +199,20 @@ def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) ->
         pixels = video_processor(str(folder / video), num_frames=num_frames, return_tensors="pt")[
             "pixel_values_videos"
         ]
-        encoded[video] = model.get_video_features(
+        features = model.get_video_features(
             pixels.to(model.device, model.dtype),
             vision_batch_size=32,
             holitom_config=everything,
             return_vision_states=False,
             return_dict=True,
         )
+        encoded[video] = encoded_video(features, model.config, pixels.shape[1])
     return encoded
 
 
-def _together(encoded: dict[str, HoliTomVideoFeatures], questions: list[VideoQuestion]) -> HoliTomVideoFeatures:
+def _together(encoded: dict[str, EncodedVideo], questions: list[VideoQuestion]) -> HoliTomVideoFeatures:
     """The questions' videos as one output of the tower, one entry a question."""
-    videos = [encoded[question.video] for question in questions]
+    videos = [encoded[question.video].features for question in questions]
     return HoliTomVideoFeatures(
         pooler_output=[video.pooler_output[0] for video in videos],
         importance=[video.importance[0] for video in videos],
@@ -207,68 +220,101 @@ def _together(encoded: dict[str, HoliTomVideoFeatures], questions: list[VideoQue
     )
 
 
-def _prompts(answerer: Answerer, questions: list[VideoQuestion], encoded) -> dict[str, torch.Tensor]:
+def _conversation(question: VideoQuestion, first_answer: str | None) -> list[dict]:
+    """The messages up to the question, the one before it and what was answered included."""
+    turns = [("user", question.text)]
+    if first_answer is not None:
+        turns = [("user", question.before), ("assistant", first_answer), *turns]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages[0]["content"].insert(0, {"type": "video"})
+    return messages
+
+
+def _prompts(answerer, questions, encoded, first_answers: list[str | None]) -> dict[str, torch.Tensor]:
     """Left-padded prompts with a placeholder for every token of the encoded videos."""
     processor, tokenizer = answerer.processor, answerer.processor.tokenizer
     texts = []
-    for question in questions:
-        content = [{"type": "video"}, {"type": "text", "text": question.text}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        num_tokens = len(encoded[question.video].pooler_output[0])
+    for question, first_answer in zip(questions, first_answers):
+        text = processor.apply_chat_template(_conversation(question, first_answer), add_generation_prompt=True)
+        num_tokens = len(encoded[question.video].features.pooler_output[0])
         texts.append(text.replace(processor.video_token, processor.video_token * num_tokens))
     tokenizer.padding_side = "left"
     inputs = tokenizer(texts, padding=True, return_tensors="pt").to(answerer.model.device)
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set[str]) -> list[Result]:
-    model = answerer.model
-    inputs = _prompts(answerer, questions, encoded)
-    videos = _together(encoded, questions)
-    start = time.perf_counter()
-    outputs = model.generate(
+def _generate(answerer, run: Run, questions, encoded, first_answers, max_new_tokens):
+    """The texts, the output of `generate`, and the prompts."""
+    inputs = _prompts(answerer, questions, encoded, first_answers)
+    outputs = answerer.model.generate(
         **inputs,
-        mm_encoder_outputs={"video": videos},
+        mm_encoder_outputs={"video": _together(encoded, questions)},
         holitom_config=run.settings,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
     )
-    texts = answerer.processor.batch_decode(
-        outputs.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    new = outputs.sequences[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in answerer.processor.batch_decode(new, skip_special_tokens=True)], outputs, inputs
+
+
+def _first_answers(answerer, run: Run, questions, encoded, max_new_tokens) -> list[str | None]:
+    """What the run says to the questions that come before; `None` for those that come first themselves."""
+    second = [question for question in questions if question.before is not None]
+    if not second:
+        return [None] * len(questions)
+    before = [replace(question, text=question.before, before=None) for question in second]
+    texts, _, _ = _generate(answerer, run, before, encoded, [None] * len(before), max_new_tokens)
+    answers = {question.id: text for question, text in zip(second, texts)}
+    return [answers.get(question.id) for question in questions]
+
+
+def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set[str]) -> list[Result]:
+    model = answerer.model
+    first_answers = _first_answers(answerer, run, questions, encoded, max_new_tokens)
+    start = time.perf_counter()
+    texts, outputs, inputs = _generate(answerer, run, questions, encoded, first_answers, max_new_tokens)
     seconds = (time.perf_counter() - start) / len(questions)
 
-    num_visual = [len(video) for video in videos.pooler_output]
+    num_visual = [len(encoded[question.video].features.pooler_output[0]) for question in questions]
     savings = row_savings(cache_of(outputs), inputs["attention_mask"], num_visual, model.config.text_config)
+    num_text = [n - visual for n, visual in zip(inputs["attention_mask"].sum(1).tolist(), num_visual)]
+    merging: dict[str, float] = {}
     results = []
     for row, question in enumerate(questions):
         is_counted = question.id in counted
+        video = encoded[question.video]
+        if question.video not in merging or run.settings.needs_question:
+            merging[question.video] = merging_operations(model, video, run.settings, num_text[row])
         results.append(
             Result(
                 run=run.name,
                 id=question.id,
                 video=question.video,
                 type=question.type,
-                answer=texts[row].strip(),
+                answer=texts[row],
                 is_right=is_right(texts[row], question.answer),
                 tokens_outer=savings[row].visual_tokens_outer,
                 tokens_inner=savings[row].visual_tokens_inner,
                 flops=savings[row].flops,
-                flops_counted=_count(answerer, run, question, encoded) if is_counted else None,
+                flops_counted=_count(answerer, run, question, encoded, first_answers[row]) if is_counted else None,
                 seconds=seconds,
                 settings=changed_settings(run.settings),
+                operations=first_token_operations(
+                    model, video, run.settings, savings[row], num_text[row], merging[question.video]
+                ),
+                first_answer=first_answers[row],
             )
         )
     return results
 
 
-def _count(answerer, run: Run, question: VideoQuestion, encoded) -> float:
+def _count(answerer, run: Run, question: VideoQuestion, encoded, first_answer: str | None) -> float:
     """Operations of merging, decoder and one output token as torch counts them."""
     # The counter knows no fused attention on CPUs: the plain one is made of products that it knows.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         answerer.model(
-            **_prompts(answerer, [question], encoded),
+            **_prompts(answerer, [question], encoded, [first_answer]),
             mm_encoder_outputs={"video": _together(encoded, [question])},
             holitom_config=run.settings,
             logits_to_keep=1,

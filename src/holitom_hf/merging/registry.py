@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .methods.average_pooling import merge_average_pooling
-from .methods.farthest_points import merge_farthest_points
+from .methods.farthest_points import farthest_points_flops, merge_farthest_points
 from .methods.fixed_windows import merge_fixed_windows
 from .methods.frame_subsampling import merge_frame_subsampling
 from .methods.holitom import merge_holitom
-from .methods.question_tokens import merge_question_tokens
+from .methods.question_tokens import merge_question_tokens, question_tokens_flops
 from .methods.random_tokens import merge_random_tokens
 from .methods.regular_grid import merge_regular_grid
-from .methods.video_farthest_points import merge_video_farthest_points
-from .methods.visionzip import merge_visionzip
+from .methods.video_farthest_points import merge_video_farthest_points, video_farthest_points_flops
+from .methods.visionzip import merge_visionzip, visionzip_flops
 
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Method:
         short_name: What `holitom-hf evaluate --methods` calls it, where that is not its name.
         needs_importance: Whether it looks at [`VideoTokens.importance`] whatever the settings are.
         needs_question: Whether it looks at [`VideoTokens.question`].
+        flops: Its matrix products, two operations for a multiplication and an addition as torch counts them, from the
+            sizes of a [`VideoTokens`] and the settings; `None` where it has none or they depend on the video.
         fields: Settings that it is meant to be used with; what compares methods sets them.
     """
 
@@ -51,6 +53,7 @@ class Method:
     short_name: str | None = None
     needs_importance: bool = True
     needs_question: bool = False
+    flops: Callable[[VideoTokens, MergingSettings], float] | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +65,7 @@ METHODS = {
         "ours",
         "farthest",
         needs_importance=False,
+        flops=farthest_points_flops,
         fields={"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
     ),
     "question_tokens": Method(
@@ -71,15 +75,17 @@ METHODS = {
         "question",
         needs_importance=False,
         needs_question=True,
+        flops=question_tokens_flops,
     ),
     "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
-    "visionzip": Method(merge_visionzip, "VisionZip"),
+    "visionzip": Method(merge_visionzip, "VisionZip", flops=visionzip_flops),
     "video_farthest_points": Method(
         merge_video_farthest_points,
         "farthest points of the video",
         "control",
         "farthest-video",
         needs_importance=False,
+        flops=video_farthest_points_flops,
     ),
     "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames", needs_importance=False),
     "random_tokens": Method(merge_random_tokens, "random tokens", "control", "random", needs_importance=False),

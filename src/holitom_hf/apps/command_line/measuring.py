@@ -29,7 +29,11 @@ app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
 # Options of drawn sets.
 Split = Annotated[
-    str, typer.Option(help="train, validation (to choose by), test, or unseen (of another kind); they never meet.")
+    str,
+    typer.Option(
+        help="train, validation (to choose by), test, unseen (of another kind), or unseen-turns (the same kind, each "
+        "question after another one); they never meet."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed, another set.")]
 # Options that the benchmarks share.
@@ -126,6 +130,7 @@ def flops(
         from ...benchmarking.architectures import architecture
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
+        from ...merging.registry import METHODS
         from ...models.registry import backbone_class, backbone_of
 
         if model in SIZES:
@@ -144,7 +149,9 @@ def flops(
         )
         if config.holitom_config.outer_method == "holitom":
             print(f"Exact for scenes of 8 frames in which {redundancy:.0%} of the tokens repeat.")
-        elif config.holitom_config.has_outer_stage:
+        elif config.holitom_config.has_outer_stage and (
+            METHODS[config.holitom_config.outer_method].group == "ablation"
+        ):
             print(f"What {config.holitom_config.outer_method} itself computes before the decoder is not counted.")
 
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ..flops import segmentation_flops
 from ..merged_video import MergedVideo, take_tokens
 from ..segmentation import repeats_first, segment_starts
 from ..spatial import masked_positions
@@ -35,3 +36,11 @@ def merge_question_tokens(video: VideoTokens, config) -> MergedVideo:
     best = score.flatten().argsort(descending=True, stable=True)[:num_kept]
     is_kept = torch.zeros(num_tokens, dtype=torch.bool, device=unit.device).index_fill_(0, best, True)
     return take_tokens(video, masked_positions(is_kept[None], num_kept)[0], config.retention_ratio)
+
+
+def question_tokens_flops(video: VideoTokens, config) -> float:
+    """Products of [`merge_question_tokens`]: every token with every one of the question's, and stage 1's."""
+    num_frames, tokens, dim = video.features.shape
+    num_question = 0 if video.question is None else len(video.question)
+    stage_1 = segmentation_flops(num_frames, tokens, dim) if config.similarity_threshold < 1 else 0.0
+    return 2.0 * num_frames * tokens * dim * num_question + stage_1

@@ -32,3 +32,10 @@ def merge_video_farthest_points(video: VideoTokens, config) -> MergedVideo:
         similarity = (unit @ unit[index].T)[:, 0]
         likeness = similarity if step == 0 else torch.maximum(likeness, similarity)
     return take_tokens(video, masked_positions(is_kept[None], num_kept)[0], config.retention_ratio)
+
+
+def video_farthest_points_flops(video: VideoTokens, config) -> float:
+    """Products of [`merge_video_farthest_points`]: all tokens with every one that is chosen."""
+    num_tokens = video.num_frames * video.tokens_per_frame
+    num_kept = max(1, round(num_tokens * config.retention_ratio))
+    return 2.0 * num_kept * num_tokens * video.features.shape[-1]

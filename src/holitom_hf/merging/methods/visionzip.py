@@ -105,3 +105,12 @@ def merge_visionzip(video: VideoTokens, config) -> MergedVideo:
     assigned = torch.where(slot >= 0, slot + frame * num_kept, -1)
     segments = [(f, f + 1) for f in range(num_frames)]
     return in_order(video, [group], assigned, segments, num_kept / tokens_per_frame, newline_if_empty=True)
+
+
+def visionzip_flops(video: VideoTokens, config) -> float:
+    """Products of [`merge_visionzip`]: keys of absorbed tokens with those of contextual ones, and sums over them."""
+    num_frames, tokens, dim = video.features.shape
+    num_kept = max(1, round(tokens * config.retention_ratio))
+    num_dominant = num_dominant_tokens(num_kept)
+    pairs = (num_kept - num_dominant) * (tokens - num_kept)
+    return 2.0 * num_frames * pairs * (video.keys.shape[-1] + dim)

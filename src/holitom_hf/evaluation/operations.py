@@ -1,0 +1,105 @@
+"""
+All operations of a question up to the first token of its answer: tower, projector, importance, merging, decoder.
+
+A multiplication and an addition count as two, as torch counts them. Merging is counted while it runs; the rest has
+exact formulas (`models/operations.py`).
+"""
+
+from dataclasses import dataclass, replace
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..answering.savings import Savings
+from ..configuration import HoliTomConfig
+from ..merging.flops import tokens_by_layer
+from ..merging.outer import merge_videos
+from ..models.operations import (
+    decoder_flops,
+    importance_flops,
+    inner_merging_flops,
+    output_layer_flops,
+    projector_flops,
+    vision_tower_flops,
+)
+from ..models.vision import HoliTomVideoFeatures
+
+
+@dataclass
+class EncodedVideo:
+    """
+    A video after the vision tower, and what that took.
+
+    Attributes:
+        features: Of the one video, with all that methods may ask for.
+        encoding: Operations of tower and projector.
+        importance: Operations of what the tokens receive of the attention, for settings that need it.
+    """
+
+    features: HoliTomVideoFeatures
+    encoding: float
+    importance: float
+
+
+def encoded_video(features: HoliTomVideoFeatures, config, num_frames: int) -> EncodedVideo:
+    """
+    An [`EncodedVideo`] whose every frame went through all of the tower.
+
+    Args:
+        features: Of one video.
+        config: The model's.
+        num_frames: F.
+    """
+    encoding = vision_tower_flops(config.vision_config, num_frames) + projector_flops(config, num_frames)
+    return EncodedVideo(features, encoding, importance_flops(config.vision_config, num_frames))
+
+
+def merging_operations(model, video: EncodedVideo, settings: HoliTomConfig, num_text: int) -> float:
+    """
+    Operations of stages 1 and 2 over a video, by running them once more.
+
+    Args:
+        model: Whose video it is, with its language head.
+        video: The video.
+        settings: What it is merged with.
+        num_text: Tokens of the prompt beside the video's, which some methods compare it with.
+    """
+    [tokens] = model.model.video_tokens(video.features)
+    if settings.needs_question:
+        tokens = replace(tokens, question=tokens.features.new_zeros(num_text, tokens.features.shape[-1]))
+    with FlopCounterMode(display=False) as counter:
+        merge_videos([tokens], settings)
+    return float(counter.get_total_flops())
+
+
+def decoding_operations(text_config, savings: Savings, settings: HoliTomConfig, num_text: int) -> float:
+    """
+    Operations of the decoder with stage 3, and of the output layer for one token.
+
+    Args:
+        text_config: Of the decoder.
+        savings: The row's.
+        settings: What it was compressed with.
+        num_text: Tokens of the prompt beside the video's.
+    """
+    outer, inner, layer = savings.visual_tokens_outer, savings.visual_tokens_inner, savings.inner_merge_layer
+    num_tokens = tokens_by_layer(outer + num_text, inner + num_text, layer, text_config.num_hidden_layers)
+    total = decoder_flops(text_config, num_tokens) + output_layer_flops(text_config)
+    if layer is not None:
+        is_folding = settings.inner_method == "merge"
+        total += inner_merging_flops(text_config, outer + num_text, [(inner, outer - inner)], is_folding)
+    return total
+
+
+def first_token_operations(
+    model, video: EncodedVideo, settings: HoliTomConfig, savings: Savings, num_text: int, merging: float
+) -> float:
+    """
+    All operations of one question up to the first token of its answer.
+
+    Args:
+        model, video, settings, savings, num_text: As above.
+        merging: From [`merging_operations`].
+    """
+    importance = video.importance if settings.needs_importance else 0.0
+    decoding = decoding_operations(model.config.text_config, savings, settings, num_text)
+    return video.encoding + importance + merging + decoding

@@ -1,0 +1,70 @@
+"""
+Operations of the parts of a forward pass of LLaVA-OneVision with a SigLIP tower and a Qwen2 decoder.
+
+A multiplication and an addition count as two, as torch's `FlopCounterMode` has it, and like there only matrix products
+and convolutions count.
+"""
+
+from collections.abc import Sequence
+
+
+def vision_tower_flops(vision_config, num_frames: int) -> float:
+    """Operations of a SigLIP tower without a head over `num_frames` frames."""
+    width, hidden = vision_config.hidden_size, vision_config.intermediate_size
+    patches = _num_patches(vision_config)
+    embedding = 2 * patches * vision_config.num_channels * vision_config.patch_size**2 * width
+    layer = 2 * patches * (4 * width**2 + 2 * width * hidden) + 4 * patches**2 * width
+    return float(num_frames * (embedding + vision_config.num_hidden_layers * layer))
+
+
+def projector_flops(config, num_frames: int) -> float:
+    """Operations of LLaVA-OneVision's two-layer projector, which runs before the pooling."""
+    layers = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    dim = config.text_config.hidden_size
+    return float(num_frames * 2 * _num_patches(config.vision_config) * (width * dim + dim * dim))
+
+
+def importance_flops(vision_config, num_frames: int) -> float:
+    """Operations of [`vision_importance`]: two projections and the scores."""
+    patches, width = _num_patches(vision_config), vision_config.hidden_size
+    return float(num_frames * (2 * patches * 2 * width**2 + 2 * patches**2 * width))
+
+
+def decoder_flops(text_config, num_tokens: Sequence[int]) -> float:
+    """
+    Operations of a prompt's way through Qwen2's layers, every token's attention over all of them (as torch counts).
+
+    Args:
+        text_config: Of the decoder.
+        num_tokens: n of every layer.
+    """
+    dim, heads, groups = text_config.hidden_size, text_config.num_attention_heads, text_config.num_key_value_heads
+    head_dim = getattr(text_config, "head_dim", None) or dim // heads
+    per_token = 2 * dim * head_dim * (2 * heads + 2 * groups) + 2 * 3 * dim * text_config.intermediate_size
+    return float(sum(n * per_token + 4 * n**2 * heads * head_dim for n in num_tokens))
+
+
+def inner_merging_flops(text_config, num_tokens: int, videos: Sequence[tuple[int, int]], is_folding: bool) -> float:
+    """
+    Operations of stage 3.
+
+    Args:
+        text_config: Of the decoder.
+        num_tokens: Tokens that enter the decoder.
+        videos: How many tokens of each video are kept and how many removed.
+        is_folding: Whether removed ones are folded into kept ones.
+    """
+    dim, heads = text_config.hidden_size, text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or dim // heads
+    query = 2 * dim * heads * head_dim + 2 * num_tokens * heads * head_dim
+    return float(query + is_folding * sum(2 * dim * kept * removed for kept, removed in videos))
+
+
+def output_layer_flops(text_config) -> float:
+    """Operations of the vocabulary's logits for one token."""
+    return float(2 * text_config.hidden_size * text_config.vocab_size)
+
+
+def _num_patches(vision_config) -> int:
+    return (vision_config.image_size // vision_config.patch_size) ** 2
