@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from holitom_hf import HoliTomConfig
 from holitom_hf.checkpoints.flattening import flat_package, flatten
 from holitom_hf.checkpoints.remote_code import carried_modules
+from holitom_hf.merging import METHODS, MergingSettings, merge_video_tokens
+from holitom_hf.models.llava_onevision.backbone import BACKBONE
 from holitom_hf.models.registry import backbones
 
 
@@ -168,3 +171,20 @@ class TestBackbones:
         for name, text in flat_package(backbone).items():
             origin = text.split("\n")[0].removeprefix("# From holitom_hf/").removesuffix(".")
             assert bare(text) == bare((root / origin).read_text()), name
+
+
+def test_comments_and_what_is_there_to_compare_with_stay_in_the_package():
+    modules = flat_package(BACKBONE)
+    for source in modules.values():
+        origin, *lines = source.split("\n")
+        assert origin.startswith("# From holitom_hf/")
+        assert not [line for line in lines if line.lstrip().startswith("#")]
+    carried = {name for name, method in METHODS.items() if f"merging_methods_{name}" in modules}
+    assert carried == {name for name, method in METHODS.items() if method.group in ("ours", "published")}
+
+
+def test_a_control_that_is_not_there_says_where_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "holitom_hf.merging.methods.regular_grid", None)
+    settings = MergingSettings(outer_method="regular_grid", retention_ratio=0.5)
+    with pytest.raises(ImportError, match=r"'regular_grid' is there to compare with.*pip install holitom-hf"):
+        merge_video_tokens(torch.randn(2, 4, 8), torch.rand(2, 4), settings)

@@ -2,14 +2,16 @@
 From a package to flat files, which is all that transformers' dynamic modules know.
 
 What a backbone's entry files import, directly or not, is found in their syntax trees. Each module is written under
-its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Docstrings of
-functions are left out, the others cut to their first sentence: whoever reads a checkpoint's code finds the rest in the
-file that its first line names.
+its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Comments and
+docstrings of functions are left out, the other docstrings cut to their first sentence: whoever reads a checkpoint's
+code finds the rest in the file that its first line names.
 """
 
 import ast
 import functools
+import io
 import re
+import tokenize
 from pathlib import Path
 
 from .backbone import Backbone
@@ -59,6 +61,7 @@ def flatten(root: Path, entries: dict[str, Path]) -> dict[str, str]:
             waiting.append(imported)
             lines[node.lineno - 1] = _with_module(lines[node.lineno - 1], node, name_of[imported], file)
         _shorten_docstrings(lines, tree)
+        _leave_out_comments(lines, source)
         origin = file.relative_to(root).as_posix()
         sources[name] = "\n".join([f"# From holitom_hf/{origin}.", *(line for line in lines if line is not None)])
         trees[name] = ast.parse(sources[name])
@@ -111,6 +114,13 @@ def _shorten_docstrings(lines: list[str | None], tree: ast.Module) -> None:
         lines[end : last + 1] = [None] * (last + 1 - end)
         if start > first:
             lines[first], lines[start] = None, lines[first] + lines[start].lstrip()
+
+
+def _leave_out_comments(lines: list[str | None], source: str) -> None:
+    """Takes out the lines that hold nothing but a comment: they become `None`."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
+            lines[token.start[0] - 1] = None
 
 
 def _check_imports(trees: dict[str, ast.Module]) -> None:

@@ -1,25 +1,19 @@
 """
 What can shorten a video before the decoder, by name: the one list of methods.
 
-A new method is a file in `methods/` and a line here. Settings accept its name, checkpoints carry its file, and the
-evaluation compares it.
+A new method is a file in `methods/` and a line here. Settings accept its name, and the evaluation compares it.
+Checkpoints carry the files that are imported at the top; what is there for comparison alone is looked up when used.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .methods.average_pooling import merge_average_pooling
 from .methods.farthest_points import farthest_points_flops, merge_farthest_points
-from .methods.fixed_windows import merge_fixed_windows
-from .methods.frame_subsampling import merge_frame_subsampling
 from .methods.holitom import merge_holitom
-from .methods.question_tokens import merge_question_tokens, question_tokens_flops
-from .methods.random_tokens import merge_random_tokens
-from .methods.regular_grid import merge_regular_grid
-from .methods.video_farthest_points import merge_video_farthest_points, video_farthest_points_flops
 from .methods.visionzip import merge_visionzip, visionzip_flops
 
 
@@ -57,6 +51,27 @@ class Method:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
+def of_package(method: str, function: str | None = None) -> Callable:
+    """
+    A function of a method that checkpoints do not carry, from the installed package when it is called.
+
+    Args:
+        method: Its file in `methods/`.
+        function: The function's name; `None`: `merge_` and the method's.
+    """
+
+    def call(*args):
+        try:
+            module = importlib.import_module(f"holitom_hf.merging.methods.{method}")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{method!r} is there to compare with, and a checkpoint's code does without: pip install holitom-hf"
+            ) from error
+        return getattr(module, function or f"merge_{method}")(*args)
+
+    return call
+
+
 METHODS = {
     "holitom": Method(merge_holitom, "HoliTom"),
     "farthest_points": Method(
@@ -69,26 +84,30 @@ METHODS = {
         fields={"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
     ),
     "question_tokens": Method(
-        merge_question_tokens,
+        of_package("question_tokens"),
         "tokens like the question",
         "control",
         "question",
         needs_importance=False,
         needs_question=True,
-        flops=question_tokens_flops,
+        flops=of_package("question_tokens", "question_tokens_flops"),
     ),
-    "fixed_windows": Method(merge_fixed_windows, "HoliTom over fixed windows", "ablation"),
+    "fixed_windows": Method(of_package("fixed_windows"), "HoliTom over fixed windows", "ablation"),
     "visionzip": Method(merge_visionzip, "VisionZip", flops=visionzip_flops),
     "video_farthest_points": Method(
-        merge_video_farthest_points,
+        of_package("video_farthest_points"),
         "farthest points of the video",
         "control",
         "farthest-video",
         needs_importance=False,
-        flops=video_farthest_points_flops,
+        flops=of_package("video_farthest_points", "video_farthest_points_flops"),
     ),
-    "frame_subsampling": Method(merge_frame_subsampling, "fewer frames", "control", "frames", needs_importance=False),
-    "random_tokens": Method(merge_random_tokens, "random tokens", "control", "random", needs_importance=False),
-    "regular_grid": Method(merge_regular_grid, "regular grid", "control", "grid", needs_importance=False),
-    "average_pooling": Method(merge_average_pooling, "average pooling", "control", "pooling", needs_importance=False),
+    "frame_subsampling": Method(
+        of_package("frame_subsampling"), "fewer frames", "control", "frames", needs_importance=False
+    ),
+    "random_tokens": Method(of_package("random_tokens"), "random tokens", "control", "random", needs_importance=False),
+    "regular_grid": Method(of_package("regular_grid"), "regular grid", "control", "grid", needs_importance=False),
+    "average_pooling": Method(
+        of_package("average_pooling"), "average pooling", "control", "pooling", needs_importance=False
+    ),
 }
