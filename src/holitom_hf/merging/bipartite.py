@@ -70,8 +70,8 @@ def merge_patches(
     return (total / left[..., None]).to(states.dtype), left
 
 
-def first_places(places: torch.Tensor, num_left: int) -> torch.Tensor:
-    """(F, P) bool, the first place of each of the `num_left` rows that `places`, (F, P), name by place."""
-    numbers = torch.arange(places.shape[1], device=places.device).expand_as(places)
-    first = numbers.new_zeros(len(places), num_left).scatter_reduce(1, places, numbers, "amin", include_self=False)
-    return torch.zeros_like(places, dtype=torch.bool).scatter_(1, first, True)
+def first_places(slot: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(F, P) bool, the first place of each of `num_rows` packed rows that `slot`, (F, P), has by place."""
+    places = torch.arange(slot.numel(), device=slot.device)
+    first = places.new_zeros(num_rows).scatter_reduce(0, slot.flatten(), places, "amin", include_self=False)
+    return torch.zeros_like(places, dtype=torch.bool).index_fill_(0, first, True).view(slot.shape)

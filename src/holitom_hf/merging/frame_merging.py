@@ -1,5 +1,6 @@
 """Whole frames that are merged where a video hardly changes (EarlyTom, arXiv 2605.30010)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,13 +35,9 @@ class FrameGroups:
     weight: np.ndarray
     num_frames: list[int]
 
-    @property
-    def num_groups(self) -> int:
-        return len(self.members)
-
     def merge(self, states: torch.Tensor) -> torch.Tensor:
         """(F, P, D) -> (G, P, D)."""
-        if self.num_groups == len(states):
+        if len(self.members) == len(states):
             return states
         first, second = on_device(self.members.T.tolist(), states.device)
         weight = torch.from_numpy(self.weight).to(states.device, states.dtype, non_blocking=True)
@@ -67,20 +64,17 @@ def group_frames(states: torch.Tensor, num_frames: list[int], threshold: float) 
 
     Source: EarlyTom, frame merging inside the encoder, by its public code (viridisGreen/EarlyTom).
     """
+    similarity = band_similarity(states, LONGEST_SEGMENT - 1).round(decimals=5).tolist()
+    threshold = threshold if threshold < 1 else math.inf
     left, lengths, start = [], [], 0
-    similarity = band_similarity(states, LONGEST_SEGMENT - 1).round(decimals=5).tolist() if threshold < 1 else None
     for number in num_frames:
-        segments = [(frame, frame + 1) for frame in range(start, start + number)]
-        if similarity is not None:
-            segments = stream_segments(similarity, start, start + number, threshold)
-        of_video = [merged for segment in segments for merged in merge_middle(similarity, *segment)]
-        left += of_video
-        lengths.append(len(of_video))
+        segments = stream_segments(similarity, start, start + number, threshold)
+        left.extend(merged for segment in segments for merged in merge_middle(similarity, *segment))
+        lengths.append(len(left) - sum(lengths))
         start += number
     members = np.array([(first, second) for first, second, _ in left])
-    sizes = 1 + members[:, 1] - members[:, 0]
     weight = np.array([weight for *_, weight in left], dtype=np.float32)
-    return FrameGroups(np.arange(len(left)).repeat(sizes), members, weight, lengths)
+    return FrameGroups(np.arange(len(left)).repeat(np.diff(members)[:, 0] + 1), members, weight, lengths)
 
 
 def band_similarity(states: torch.Tensor, reach: int) -> torch.Tensor:
@@ -125,14 +119,9 @@ def merge_middle(similarity: list[list[float]], start: int, stop: int) -> Iterat
     yield start, start, 1.0
     frame, last = start + 1, stop - 1
     while frame < last:
-        second, weight = frame, 1.0
-        if frame + 1 < last:
-            alike = similarity[1][frame]
-            following = similarity[1][frame + 1] if frame + 2 < last else None
-            if alike >= similarity[last - start][start] and (following is None or alike >= following):
-                second = frame + 1
-                weight = alike / (alike + following) if following is not None and following > 0 else 1.0
-        yield frame, second, weight
-        frame = second + 1
+        alike, following = (similarity[1][first] if first + 1 < last else 0.0 for first in (frame, frame + 1))
+        is_pair = frame + 1 < last and alike >= max(following, similarity[last - start][start])
+        yield frame, frame + is_pair, alike / (alike + following) if is_pair and following > 0 else 1.0
+        frame += 1 + is_pair
     if last > start:
         yield last, last, 1.0

@@ -1,7 +1,5 @@
 """The SigLIP vision tower with fewer and fewer frames (EarlyTom, arXiv 2605.30010)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -10,12 +8,11 @@ import torch
 from ..merging.frame_merging import group_frames
 from ..merging.host_numbers import on_device
 from ..merging.settings import MergingSettings
-from ..merging.vision_methods import VisionPlan
+from ..merging.vision_methods import VisionPlan, check_first_layer
 from .siglip import HoliTomSiglipVisionModel, PackedStates
 
 
-# EarlyTom merges three times: after 5 to 11 layers, after 22 and after 24, before importance is taken from the 26th's
-# input. So many layers before that input are the last two.
+# EarlyTom merges after 5 to 11 layers, and mostly after 22 and 24 of 26: so many before the input of the last one.
 LATER_MERGES = (3, 1)
 
 
@@ -44,11 +41,7 @@ def encode_merged_frames(
     """
     start, stop = settings.vision_reuse_layer, max(wanted)
     shared_from = stop - 1 if shared_from is None else shared_from
-    if start > shared_from:
-        raise ValueError(
-            f"vision_reuse_layer is {start}, but frames must be merged before importance is taken: choose 1 to "
-            f"{shared_from}, or None to compute all of them"
-        )
+    check_first_layer(start, shared_from)
     merge_after = {start, *(shared_from - number for number in LATER_MERGES)}
     dense = tower.first_states(chunks, start, wanted, embedding_kwargs)
     group = np.arange(sum(num_frames))

@@ -1,7 +1,5 @@
 """The SigLIP vision tower with fewer patches from layer to layer (ToMe, arXiv 2210.09461)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -10,7 +8,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..merging.bipartite import first_places, match_patches, merge_patches, merges_by_layer
 from ..merging.settings import MergingSettings
-from ..merging.vision_methods import VisionPlan
+from ..merging.vision_methods import VisionPlan, check_first_layer
 from .siglip import HoliTomSiglipVisionModel, PackedStates
 
 
@@ -39,11 +37,7 @@ def encode_merged_patches(
     """
     start, stop = settings.vision_reuse_layer, max(wanted)
     shared_from = stop - 1 if shared_from is None else shared_from
-    if start >= shared_from:
-        raise ValueError(
-            f"vision_reuse_layer is {start}, but patches must be merged before importance is taken: choose 1 to "
-            f"{shared_from - 1}, or None to compute all of them"
-        )
+    check_first_layer(start, shared_from - 1)
     parts, is_computed, merges = [], [], []
     for chunk in chunks:
         dense = tower.first_states([chunk], start, wanted, embedding_kwargs)
@@ -56,8 +50,7 @@ def encode_merged_patches(
                 f'{tower.config._attn_implementation!r} cannot: load the model with attn_implementation "sdpa"'
             )
         parts.append(_merged_states(tower.encoder.layers[start:stop], dense, start, merges, wanted))
-        slot = parts[-1].slot
-        is_computed.append(first_places(slot - slot.amin(1, keepdim=True), num_patches - sum(merges)))
+        is_computed.append(first_places(parts[-1].slot, len(parts[-1].rows[stop])))
     merged = torch.tensor([0] * start + merges)
     rows = num_patches - merged.cumsum(0) + merged  # before they are merged
     return VisionPlan(torch.cat(is_computed), rows[:, None].repeat(1, sum(num_frames))), iter(parts)
