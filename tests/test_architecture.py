@@ -9,6 +9,8 @@ import pytest
 
 import holitom_hf
 from holitom_hf.merging import METHODS
+from holitom_hf.merging.vision_methods import VISION_METHODS
+from holitom_hf.models.vision_methods import VISION_ENCODERS
 
 
 SOURCE = Path(holitom_hf.__file__).parent
@@ -87,6 +89,17 @@ def test_a_method_is_named_in_the_registry_alone():
         constants = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
         # The ablation over windows names the method it is about.
         assert constants & names <= ({"fixed_windows"} if file.name == "methods.py" else set()), file
+
+
+def test_a_vision_method_is_named_in_its_registry_alone():
+    assert tuple(VISION_ENCODERS) == VISION_METHODS
+    names = set(VISION_METHODS) - {"frames"}  # a word that has other uses
+    for file in FILES:
+        if file != SOURCE / "merging" / "vision_methods.py":
+            constants = {
+                node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)
+            }
+            assert not constants & names, file
 
 
 def run(code: str) -> subprocess.CompletedProcess:

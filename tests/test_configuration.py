@@ -29,6 +29,11 @@ DEFAULTS = {
     "proportional_attention": False,
     "min_frame_tokens": 4,
     "importance_weight": 0.0,
+    "vision_method": "reuse",
+    "vision_reuse_layer": None,
+    "vision_reuse_threshold": 0.95,
+    "vision_retention_ratio": 0.5,
+    "vision_drift_guard": True,
     "base_model_name_or_path": None,
     "base_model_revision": None,
 }

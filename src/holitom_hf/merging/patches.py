@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .settings import MergingSettings
 
 
-VISION_METHODS = ("reuse",)
 # Above this share of computed patches a video is computed whole: packing would cost more than it saves.
 DENSE_SHARE = 0.97
 # Attention runs over frames of like many computed patches: so many kinds of them.
@@ -35,12 +34,14 @@ class PatchPlan:
         slot: (F, P) int64, the row of every place: its own, or that of the same place in its segment's first frame.
         num_rows: Of every frame, on the host.
         first_frame: Of every frame, the first one of its segment; on the host.
+        rows_by_layer: As in [`VisionPlan`], from the tower that follows the plan.
     """
 
     is_computed: torch.Tensor
     slot: torch.Tensor
     num_rows: np.ndarray
     first_frame: np.ndarray
+    rows_by_layer: torch.Tensor | None = None
 
     @classmethod
     def of(cls, is_computed: torch.Tensor, first_frame: list[int]) -> PatchPlan:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from .inner import INNER_METHODS
 from .registry import METHODS
+from .vision_methods import REUSE, VISION_METHODS
 
 
 def check_number(owner: str, name: str, value: Any, allowed: str, is_allowed) -> None:
@@ -76,9 +77,15 @@ class MergingSettings:
         min_frame_tokens: Tokens below which a frame is rather left out than shown, of methods that know how.
         importance_weight: Exponent of the importance that distances are weighted with, of methods that choose by
             distance; 0: importance does not matter.
-        vision_reuse_layer: Layers of the vision tower after which it computes only what changes, at least 1; `None`:
-            it computes every patch of every frame.
-        vision_reuse_threshold: Cosine similarity above which a patch repeats the next frame's there.
+        vision_method: What the vision tower leaves out: `"reuse"`: patches that repeat; for comparison `"frames"`
+            (EarlyTom, arXiv 2605.30010): frames that are merged, `"tome"` (ToMe, arXiv 2210.09461): patches that are
+            merged with others of their frame. Features come back at full length with all of them, so that
+            `retention_ratio` is of the original number of tokens.
+        vision_reuse_layer: Layers of the vision tower after which it begins to, at least 1; `None`: it computes every
+            patch of every frame.
+        vision_reuse_threshold: Cosine similarity above which a patch repeats the next frame's there. With `"frames"`
+            that of whole frames below which a segment ends (EarlyTom: 0.3 to 0.8). At 1 nothing is left out.
+        vision_retention_ratio: With `"tome"`, the share of a frame's patches that is left in the end, 0 < R <= 1.
         vision_drift_guard: Whether a patch that repeats must be that like the one of its segment's first frame, too.
 
     Raises:
@@ -101,8 +108,10 @@ class MergingSettings:
     proportional_attention: bool = False
     min_frame_tokens: int = 4
     importance_weight: float = 0.0
+    vision_method: str = REUSE
     vision_reuse_layer: int | None = None
     vision_reuse_threshold: float = 0.95
+    vision_retention_ratio: float = 0.5
     vision_drift_guard: bool = True
 
     # By field: raises an error unless a value is allowed. A subclass with more fields adds theirs.
@@ -122,8 +131,10 @@ class MergingSettings:
         "proportional_attention": check_boolean,
         "min_frame_tokens": lambda *field: check_integer(*field, minimum=1, is_optional=False),
         "importance_weight": lambda *field: check_number(*field, "with w >= 0", lambda value: value >= 0),
+        "vision_method": lambda *field: check_choice(*field, VISION_METHODS),
         "vision_reuse_layer": lambda *field: check_integer(*field, minimum=1, is_optional=True),
         "vision_reuse_threshold": lambda *field: check_number(*field, "in [-1, 1]", lambda value: -1 <= value <= 1),
+        "vision_retention_ratio": lambda *field: check_number(*field, "with 0 < R <= 1", lambda value: 0 < value <= 1),
         "vision_drift_guard": check_boolean,
     }
 

@@ -1,7 +1,7 @@
 """The SigLIP vision tower over packed rows: only the patches of a video that change go through its layers."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,13 +15,14 @@ from ..merging.settings import MergingSettings
 
 
 class HoliTomSiglipAttention(SiglipAttention):
-    """`SiglipAttention` whose queries may be fewer than its keys, in another number in every frame."""
+    """`SiglipAttention` whose queries may be fewer than its keys, in another number in every frame; or with keys."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         patch_plan: PatchPlan | None = None,
+        with_keys: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -31,15 +32,20 @@ class HoliTomSiglipAttention(SiglipAttention):
             hidden_states: (F, P, D); with a `patch_plan` its packed rows (1, N, D).
             attention_mask: As upstream, without a plan.
             patch_plan: Every row is a query among all P places of its frame.
+            with_keys: Whether to return the keys averaged over heads, (F, P, head_dim), in place of probabilities.
         """
-        if patch_plan is None:
+        if patch_plan is None and not with_keys:
             return super().forward(hidden_states, attention_mask, **kwargs)
         query, key, value = (
-            project(hidden_states[0]).unflatten(-1, (self.num_heads, self.head_dim))
+            project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs = {"is_causal": False, "scaling": self.scale, "dropout": self.dropout if self.training else 0.0}
+        if with_keys:
+            output, _ = attend(self, *(x.transpose(1, 2) for x in (query, key, value)), attention_mask, **kwargs)
+            return self.out_proj(output.flatten(2)), key.mean(2)
+        query, key, value = query[0], key[0], value[0]
         if is_flash_attention_requested(self.config):
             # One call for all frames, each with as many queries as it has rows.
             slot = patch_plan.slot.flatten()[None]
@@ -75,14 +81,16 @@ class PackedStates:
     Attributes:
         rows: By index of the hidden state, as transformers counts them: (n, D) rows.
         slot: (f, P), the row of every place of these frames.
+        slots: By index, where that hidden state has other rows than the last one.
     """
 
     rows: dict[int, torch.Tensor]
     slot: torch.Tensor
+    slots: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def frames(self, index: int) -> torch.Tensor:
         """(f, P, D), a hidden state at every place."""
-        return self.rows[index][self.slot]
+        return self.rows[index][self.slots.get(index, self.slot)]
 
 
 class HoliTomSiglipVisionModel(SiglipVisionModel):
@@ -101,6 +109,7 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
         settings: MergingSettings,
         wanted: set[int],
         frames_at_once: int,
+        shared_from: int | None = None,
         **embedding_kwargs,
     ) -> tuple[PatchPlan, Iterator[PackedStates]]:
         """
@@ -116,6 +125,8 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
             settings: Which layer, and what repeats.
             wanted: Indices of hidden states, counted from the front; the largest one decides how many layers run.
             frames_at_once: As many patches as these frames have go through a layer at once.
+            shared_from: Index of the first hidden state that has the same rows as the later ones; by default the one
+                before the last. Here all have the same.
             embedding_kwargs: For the embeddings.
 
         Returns:
@@ -130,13 +141,16 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
                 f"vision_reuse_layer is {start}, but features are taken after layer {stop} of the vision tower: "
                 f"choose 1 to {stop - 1}, or None to compute all patches"
             )
-        dense = [self._first_states(chunk, start, wanted, embedding_kwargs) for chunk in chunks]
-        dense = {index: torch.cat([states.pop(index) for states in dense]) for index in list(dense[0])}
+        dense = self.first_states(chunks, start, wanted, embedding_kwargs)
         plan = plan_patches(dense[start], num_frames, settings)
         rows = {index: plan.gather(states) for index, states in dense.items()}
         del dense
         current = rows[start]
         num_patches = plan.slot.shape[1]
+        num_rows = torch.from_numpy(plan.num_rows)
+        plan.rows_by_layer = torch.stack(
+            [torch.full_like(num_rows, num_patches)] * start + [num_rows] * (stop - start)
+        )
         pieces = list(plan.pieces(frames_at_once * num_patches))
         for index, layer in enumerate(self.encoder.layers[start:stop], start + 1):
             current = torch.cat([_layer_over(piece, layer, current, num_patches) for piece in pieces])
@@ -147,16 +161,19 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
         )
         return plan, states
 
-    def _first_states(
-        self, pixels: torch.Tensor, num_layers: int, wanted: set[int], embedding_kwargs: dict
+    def first_states(
+        self, chunks: Iterable[torch.Tensor], num_layers: int, wanted: set[int], embedding_kwargs: dict
     ) -> dict[int, torch.Tensor]:
-        """Hidden states of whole frames, those that are wanted and the last one."""
-        states = self.embeddings(pixels, **embedding_kwargs)
-        kept = {0: states}
-        for index, layer in enumerate(self.encoder.layers[:num_layers], 1):
-            states = layer(states, None)
-            kept[index] = states
-        return {index: kept[index] for index in kept if index in wanted or index == num_layers}
+        """(F, P, D) hidden states of whole frames by index, of all chunks: those that are wanted and the last one."""
+        by_chunk = []
+        for pixels in chunks:
+            states = self.embeddings(pixels, **embedding_kwargs)
+            kept = {0: states}
+            for index, layer in enumerate(self.encoder.layers[:num_layers], 1):
+                states = layer(states, None)
+                kept[index] = states
+            by_chunk.append({index: kept[index] for index in kept if index in wanted or index == num_layers})
+        return {index: torch.cat([states.pop(index) for states in by_chunk]) for index in list(by_chunk[0])}
 
 
 def _layer_over(piece, layer: nn.Module, rows: torch.Tensor, num_patches: int) -> torch.Tensor:

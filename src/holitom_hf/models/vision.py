@@ -27,14 +27,17 @@ class HoliTomVideoFeatures(BaseModelOutputWithPooling):
         attention_keys: A list of V tensors (F_v, T, K): the attention's keys, averaged over heads.
         computed_patches: A list of V tensors (F_v, P) bool: which patches the tower computed in its later layers;
             `None`: all.
+        rows_by_layer: A list of V tensors (L, F_v) int64 on the host: how many rows of every frame go into each of the
+            tower's layers that run; `None`: all patches.
     """
 
     # Of these a batch of beams needs copies, video by video. A backbone with more per-video fields adds them.
-    per_video = ("importance", "attention_keys", "computed_patches")
+    per_video = ("importance", "attention_keys", "computed_patches", "rows_by_layer")
 
     importance: list[torch.Tensor] | None = None
     attention_keys: list[torch.Tensor] | None = None
     computed_patches: list[torch.Tensor] | None = None
+    rows_by_layer: list[torch.Tensor] | None = None
 
 
 def joined_chunks(chunks: list[tuple[torch.Tensor | None, ...] | None]) -> tuple[torch.Tensor | None, ...] | None:

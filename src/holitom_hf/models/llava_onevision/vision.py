@@ -10,10 +10,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from ...configuration import HoliTomConfig
 from ...merging.patches import PatchPlan
 from ...merging.video_tokens import VideoTokens
+from ...merging.vision_methods import VisionPlan
 from ...sequence.placeholders import assign_videos
 from ..siglip import HoliTomSiglipVisionModel
 from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once, joined_chunks
 from ..vision_importance import vision_importance
+from ..vision_methods import VISION_ENCODERS
 
 
 class LlavaOnevisionVisionMixin:
@@ -100,13 +102,14 @@ class LlavaOnevisionVisionMixin:
         wanted = kwargs.pop("output_hidden_states", None) or feature_layers
         wanted = wanted if isinstance(wanted, (list, bool)) else [wanted]
         num_leading = int(vision_feature_select_strategy == "default")  # a class before the patches
-        computed = None
+        computed = rows_by_layer = None
         if settings.has_vision_stage:
             plan, parts = self._encode_changes(
                 chunks, num_frames, settings, feature_layers, hidden_index, wanted, num_leading, vision_batch_size,
                 return_vision_states, kwargs.get("interpolate_pos_encoding", False),
             )  # fmt: skip
             computed = list(plan.is_computed[:, num_leading:].split(num_frames))
+            rows_by_layer = list(plan.rows_by_layer.split(num_frames, dim=1))
         else:
             kwargs |= {
                 "vision_feature_layer": vision_feature_layer,
@@ -136,6 +139,7 @@ class LlavaOnevisionVisionMixin:
             importance=list(torch.cat(importance).split(num_frames)) if importance else None,
             attention_keys=list(torch.cat(keys).split(num_frames)) if keys else None,
             computed_patches=computed,
+            rows_by_layer=rows_by_layer,
         )
 
     def _encode_frames(
@@ -174,8 +178,8 @@ class LlavaOnevisionVisionMixin:
         frames_at_once: int,
         return_vision_states: bool,
         interpolate_pos_encoding: bool,
-    ) -> tuple[PatchPlan, Iterator["_EncodedFrames"]]:
-        """Frames whose repeating patches are computed once per segment, and which of them are computed."""
+    ) -> tuple[PatchPlan | VisionPlan, Iterator["_EncodedFrames"]]:
+        """Frames of which `vision_method` leaves something out, and what is computed."""
         tower = self.vision_tower
         if not isinstance(tower, HoliTomSiglipVisionModel):
             raise ValueError(
@@ -185,9 +189,10 @@ class LlavaOnevisionVisionMixin:
         layers = [index % number for index in feature_layers]
         shown = [*range(number)] if wanted is True else [index % number for index in wanted]
         needed = {*layers, hidden_index} | ({*shown, number - 1} if return_vision_states else set())
-        plan, packed = tower.encode_changes(
-            chunks, num_frames, settings, needed, frames_at_once, interpolate_pos_encoding=interpolate_pos_encoding
-        )
+        plan, packed = VISION_ENCODERS[settings.vision_method](
+            tower, chunks, num_frames, settings, needed, frames_at_once, shared_from=min(*layers, hidden_index),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )  # fmt: skip
 
         def parts():
             for part in packed:

@@ -1,0 +1,31 @@
+"""How a vision tower may compute less, by name: the one list. What a name stands for is in `models/`."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+REUSE, FRAMES, TOME = VISION_METHODS = ("reuse", "frames", "tome")
+
+
+def check_first_layer(layer: int, last: int) -> None:
+    """Raises a `ValueError` unless a tower that merges from there on can have merged before importance is taken."""
+    if layer > last:
+        raise ValueError(
+            f"vision_reuse_layer is {layer}, but what is merged must be so before importance is taken: choose 1 to "
+            f"{last}, or None to compute all patches"
+        )
+
+
+@dataclass
+class VisionPlan:
+    """
+    What a tower computed of F frames with P patches.
+
+    Attributes:
+        is_computed: (F, P) bool, the places that rows stand at in the end: of what was merged, the first one.
+        rows_by_layer: (L, F) int64, on the host: how many rows of every frame go into each of the L layers that run.
+    """
+
+    is_computed: torch.Tensor
+    rows_by_layer: torch.Tensor
