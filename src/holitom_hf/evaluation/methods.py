@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..configuration import HoliTomConfig
 from ..merging.registry import METHODS
+from ..merging.vision_methods import FRAMES, REUSE, TOME
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Row:
 class Run:
     """
     Settings to evaluate under a unique `name`: a `method` at a `retention_ratio`, an entry of an `ablation`, or
-    neither where they are given one by one.
+    neither where they are given one by one. It is compared with the run called `baseline`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Run:
     method: str | None = None
     retention_ratio: float | None = None
     ablation: str | None = None
+    baseline: str = "full"
 
 
 def _outer(name: str) -> Callable[[HoliTomConfig, float], HoliTomConfig]:
@@ -175,3 +177,31 @@ def ablation_runs(own: HoliTomConfig, num_layers: int, ratio: float = 0.15) -> l
         for group, members in entries.items()
         for label, settings in members.items()
     ]
+
+
+def vision_runs(own: HoliTomConfig, ratio: float = 0.15, layer: int = 1) -> list[Run]:
+    """Everything that the vision tower may leave out after `layer` layers, before a few ways to go on behind it."""
+    full = full_run(own)
+    decoders = {
+        "all tokens": full.settings,
+        "HoliTom": replace(own, retention_ratio=ratio),
+        "farthest points": ROWS["farthest"].settings(own, ratio),
+    }
+    varied = {
+        REUSE: ("vision_reuse_threshold", (0.95, 0.98, 0.99)),
+        FRAMES: ("vision_reuse_threshold", (0.8, 0.95)),
+        TOME: ("vision_retention_ratio", (0.5, 0.35, 0.25)),
+    }
+    runs = []
+    for decoder, settings in decoders.items():
+        group = f"vision tower, {decoder}"
+        whole = full
+        if settings.shortens:
+            whole = Run(f"{group}: all patches", settings, retention_ratio=ratio, ablation=group)
+            runs.append(whole)
+        for method, (field, values) in varied.items():
+            for value in values:
+                fields = {"vision_method": method, "vision_reuse_layer": layer, field: value}
+                name = f"{group}: {method} {value:g}"
+                runs.append(Run(name, replace(settings, **fields), None, ratio, group, baseline=whole.name))
+    return runs

@@ -18,6 +18,7 @@ from ..models.operations import (
     importance_flops,
     inner_merging_flops,
     output_layer_flops,
+    packed_tower_flops,
     projector_flops,
     vision_tower_flops,
 )
@@ -40,17 +41,24 @@ class EncodedVideo:
     importance: float
 
 
-def encoded_video(features: HoliTomVideoFeatures, config, num_frames: int) -> EncodedVideo:
+def encoded_video(features: HoliTomVideoFeatures, config, num_frames: int, settings: HoliTomConfig) -> EncodedVideo:
     """
-    An [`EncodedVideo`] whose every frame went through all of the tower.
+    An [`EncodedVideo`].
 
     Args:
         features: Of one video.
         config: The model's.
         num_frames: F.
+        settings: What the video was encoded with.
     """
-    encoding = vision_tower_flops(config.vision_config, num_frames) + projector_flops(config, num_frames)
-    return EncodedVideo(features, encoding, importance_flops(config.vision_config, num_frames))
+    vision = config.vision_config
+    if features.rows_by_layer is None:
+        encoding = vision_tower_flops(vision, num_frames) + projector_flops(config, num_frames)
+        return EncodedVideo(features, encoding, importance_flops(vision, num_frames))
+    [rows_by_layer], num_rows = features.rows_by_layer, int(features.computed_patches[0].sum())
+    encoding = packed_tower_flops(vision, rows_by_layer, settings.vision_method)
+    importance = importance_flops(vision, num_frames, int(rows_by_layer[-1].sum()))
+    return EncodedVideo(features, encoding + projector_flops(config, num_frames, num_rows), importance)
 
 
 def merging_operations(model, video: EncodedVideo, settings: HoliTomConfig, num_text: int) -> float:

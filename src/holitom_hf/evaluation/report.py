@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from ..bundled.questions import QUESTION_TYPES
-from .methods import MARKERS, ROWS, Run
-from .running import Result
+from ..configuration import HoliTomConfig
+from ..merging.vision_methods import REUSE, VISION_METHODS
+from .methods import COLORS, MARKERS, ROWS, Run
+from .running import Result, changed_settings
 from .statistics import is_running, mcnemar
 
 
@@ -43,6 +45,7 @@ class Row:
         accuracy: Share of right answers, with its interval.
         relative: The accuracy as a share of the uncompressed model's, with its interval (same videos in both); `None`
             if that never was right.
+        fields: Its settings, those that are not the defaults.
         by_type: Per type of question: accuracy, low, high.
         tokens_outer, tokens_inner: Mean visual tokens before the decoder and after stage 3.
         flops_share: Decoder operations for the prompt as a share of the uncompressed model's, the paper's formula.
@@ -52,7 +55,8 @@ class Row:
         seconds: Median time for a question.
         is_running: Whether it shows that it shortens videos, as [`is_running`] has it; a run that does not gets no
             verdict. The uncompressed run is.
-        only_ours, only_full: Questions that this run alone, or the uncompressed one alone, has right.
+        baseline: The run that it is compared with.
+        only_ours, only_full: Questions that this run alone, or that one alone, has right.
         mcnemar: Probability of counts at least that unequal by chance (McNemar's exact test).
     """
 
@@ -67,6 +71,7 @@ class Row:
     relative: float | None
     relative_low: float | None
     relative_high: float | None
+    fields: dict
     by_type: dict[str, tuple[float, float, float]]
     tokens_outer: float
     tokens_inner: float
@@ -75,6 +80,7 @@ class Row:
     operations_share: float | None
     seconds: float
     is_running: bool
+    baseline: str
     only_ours: int
     only_full: int
     mcnemar: float
@@ -138,7 +144,8 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
             if of_type:
                 by_type[kind] = (_accuracy(of_type), *_interval(resampled.accuracies(of_type)))
         low, high = _interval(accuracies)
-        only_ours, only_full, probability = mcnemar(own, full)
+        baseline = by_run[run.baseline]
+        only_ours, only_full, probability = mcnemar(own, baseline)
         relative = relative_low = relative_high = None
         if full_accuracy:
             relative = _accuracy(own) / full_accuracy
@@ -156,6 +163,7 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
                 relative=relative,
                 relative_low=relative_low,
                 relative_high=relative_high,
+                fields=_shown_fields(run.settings),
                 by_type=by_type,
                 tokens_outer=float(np.mean([result.tokens_outer for result in own])),
                 tokens_inner=float(np.mean([result.tokens_inner for result in own])),
@@ -163,13 +171,20 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
                 flops_share_counted=_share(own, full, "flops_counted"),
                 operations_share=_share(own, full, "operations"),
                 seconds=float(np.median([result.seconds for result in own])),
-                is_running=run.method == "full" or is_running(own, full),
+                is_running=run.method == "full" or is_running(own, baseline),
+                baseline=run.baseline,
                 only_ours=only_ours,
                 only_full=only_full,
                 mcnemar=probability,
             )
         )
     return rows
+
+
+def _shown_fields(settings: HoliTomConfig) -> dict:
+    """Settings that are not the defaults, and how the vision tower leaves something out, if it does."""
+    shown = changed_settings(settings)
+    return shown | {"vision_method": settings.vision_method} if settings.has_vision_stage else shown
 
 
 def _share(own: list[Result], full: list[Result], name: str) -> float | None:
@@ -246,6 +261,36 @@ def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
                     _verdict(0.01 - high, 0.01 - low),
                 )
             )
+    return claims + _vision_claims(found, accuracies)
+
+
+def _vision_claims(found: dict[str, Row], accuracies: dict[str, np.ndarray]) -> list[Claim]:
+    """Of towers that leave something out: what that costs, and who is ahead at equal operations."""
+    claims = []
+    rows = [row for row in found.values() if row.ablation and "vision_method" in row.fields]
+    for row in rows:
+        whole = found.get(row.baseline)
+        if whole is not None:
+            low, high = _interval(accuracies[row.run] - accuracies[whole.run])
+            text, measured = f"{row.run} loses against all patches", _points(row.accuracy - whole.accuracy, low, high)
+            claims.append(Claim(text, measured, _verdict(-high, -low, undecided="no difference")))
+    for row in rows:
+        if row.fields["vision_method"] != REUSE:
+            continue
+        for other in VISION_METHODS:
+            curve = [o for o in rows if o.ablation == row.ablation and o.fields["vision_method"] == other]
+            curve = sorted(curve, key=lambda o: o.operations_share)
+            if other == REUSE or not curve:
+                continue
+            shares = [o.operations_share for o in curve]
+            at = min(max(row.operations_share, shares[0]), shares[-1])
+            theirs = float(np.interp(at, shares, [o.accuracy for o in curve]))
+            difference = accuracies[row.run] - _interpolated(at, shares, [accuracies[o.run] for o in curve])
+            low, high = _interval(difference)
+            measured = f"{row.accuracy:.1%} at {row.operations_share:.1%} of all operations against {theirs:.1%} at "
+            measured += f"{at:.1%}: {_points(row.accuracy - theirs, low, high)}"
+            text = f"{row.run} is ahead of {other}"
+            claims.append(Claim(text, measured, _verdict(low, high, undecided="no difference")))
     return claims
 
 
@@ -283,7 +328,7 @@ def environment() -> dict[str, str]:
 def write_report(rows: list[Row], results: list[Result], command: str, out: Path) -> list[Path]:
     """
     Writes `table.json`, `table.md` and, with matplotlib, `accuracy_flops.png`, `accuracy_operations.png` and
-    `accuracy_types.png`.
+    `accuracy_types.png`, and of towers that leave something out `accuracy_vision.png`.
 
     Args:
         rows: From [`summarize`].
@@ -356,12 +401,16 @@ def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[st
     for group in dict.fromkeys(row.ablation for row in rows if row.ablation):
         members = [row for row in rows if row.ablation == group]
         text += f"\nAblation at R = {members[0].retention_ratio:.0%}: {group}\n\n"
+        if members[0].fields.get("vision_method"):  # the row that it is compared with stands elsewhere
+            members.insert(0, next(row for row in rows if row.run == members[0].baseline))
         text += _table([head[0], *head[2:]], [[_line(row)[0], *_line(row)[2:]] for row in members])
     return text
 
 
 def _plots(rows: list[Row], out: Path) -> list[Path]:
-    if not any(row.method in ROWS for row in rows):
+    has_curves = any(row.method in ROWS for row in rows)
+    has_vision = any("vision_method" in row.fields for row in rows if row.ablation)
+    if not has_curves and not has_vision:
         return []  # single settings are no curve
     try:
         import matplotlib as mpl
@@ -369,10 +418,12 @@ def _plots(rows: list[Row], out: Path) -> list[Path]:
     except ImportError:
         return []
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
-        files = [_plot_cost(rows, Figure, out, "flops")]
-        if all(row.operations_share is not None for row in rows):
+        files = [_plot_vision(rows, Figure, out)] if has_vision else []
+        if has_curves:
+            files += [_plot_cost(rows, Figure, out, "flops"), _plot_types(rows, Figure, out)]
+        if has_curves and all(row.operations_share is not None for row in rows):
             files.append(_plot_cost(rows, Figure, out, "operations"))
-        return [*files, _plot_types(rows, Figure, out)]
+        return files
 
 
 def _singles(rows: list[Row]) -> list[Row]:
@@ -412,6 +463,28 @@ def _plot_cost(rows: list[Row], figure_class, out: Path, cost: str) -> Path:
     axes.legend(frameon=False)
     figure.savefig(out / f"accuracy_{cost}.png", dpi=130)
     return out / f"accuracy_{cost}.png"
+
+
+def _plot_vision(rows: list[Row], figure_class, out: Path) -> Path:
+    """Accuracy against all operations, tower included: a panel for every way to go on behind the tower."""
+    groups = dict.fromkeys(row.ablation for row in rows if row.ablation and "vision_method" in row.fields)
+    figure = figure_class(figsize=(3.6 * len(groups), 3.6), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups):
+        members = [row for row in rows if row.ablation == group and "vision_method" in row.fields]
+        whole = next(row for row in rows if row.run == members[0].baseline)
+        axes.plot(100 * whole.operations_share, 100 * whole.accuracy, "k*", markersize=10, label="all patches")
+        for method, color, marker in zip(VISION_METHODS, COLORS, MARKERS):
+            own = sorted((r for r in members if r.fields["vision_method"] == method), key=lambda r: r.operations_share)
+            middle = np.array([100 * row.accuracy for row in own])
+            low, high = ([100 * getattr(row, f"accuracy_{end}") for row in own] for end in ("low", "high"))
+            places = [100 * row.operations_share for row in own]
+            style = {"color": color, "marker": marker, "label": method, "capsize": 2, "elinewidth": 0.7}
+            axes.errorbar(places, middle, [middle - low, np.array(high) - middle], **style)
+        axes.set(title=group.removeprefix("vision tower, "), xlabel="all operations, % of the uncompressed")
+    figure.axes[0].set_ylabel("accuracy, %")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(out / "accuracy_vision.png", dpi=130)
+    return out / "accuracy_vision.png"
 
 
 def _plot_types(rows: list[Row], figure_class, out: Path) -> Path:

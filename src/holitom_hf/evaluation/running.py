@@ -126,7 +126,8 @@ def evaluate(
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Result]:
     """
-    Answers every question with every run's settings. Every video goes once through the vision tower.
+    Answers every question with every run's settings. Every video goes once through the vision tower, or once for each
+    way that runs have of leaving something out there.
 
     Where a question comes after another one, the run answers that one first, and what it said stays in the
     conversation, which goes through the decoder as a whole again; figures are those of the second answer.
@@ -159,10 +160,13 @@ def evaluate(
         pending = [(run, [q for q in batch if (run.name, q.id) not in done]) for run in runs]
         if not any(missing for _, missing in pending):
             continue
-        encoded = _encode(answerer, folder, batch)
+        pixels, encoded = _pixels(answerer, folder, batch), {}
         for run, missing in pending:
             if missing:
-                file.add(_answer(answerer, run, missing, encoded, max_new_tokens, counted))
+                how = tuple(_vision_fields(run.settings).items())
+                if how not in encoded:
+                    encoded[how] = _encode(answerer, pixels, run.settings)
+                file.add(_answer(answerer, run, missing, encoded[how], max_new_tokens, counted))
     return [result for result in file.results if settings.get(result.run) == result.settings]
 
 
@@ -190,23 +194,31 @@ def _batches(questions: list[VideoQuestion], batch_size: int) -> Iterator[list[V
         yield batch
 
 
-def _encode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, EncodedVideo]:
-    """Every video through the tower, with what any method may ask for."""
-    everything = HoliTomConfig(retention_ratio=0.5)
-    model, video_processor = answerer.model, answerer.processor.video_processor
-    encoded = {}
-    for video, num_frames in {question.video: question.num_frames for question in questions}.items():
-        pixels = video_processor(str(folder / video), num_frames=num_frames, return_tensors="pt")[
-            "pixel_values_videos"
-        ]
-        features = model.get_video_features(
-            pixels.to(model.device, model.dtype),
-            vision_batch_size=32,
-            holitom_config=everything,
-            return_vision_states=False,
-            return_dict=True,
+def _pixels(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, torch.Tensor]:
+    """Every video's frames, (1, F, 3, H, W)."""
+    processor, model = answerer.processor.video_processor, answerer.model
+    numbers = {question.video: question.num_frames for question in questions}
+    return {
+        video: processor(str(folder / video), num_frames=num_frames, return_tensors="pt")["pixel_values_videos"].to(
+            model.device, model.dtype
         )
-        encoded[video] = encoded_video(features, model.config, pixels.shape[1])
+        for video, num_frames in numbers.items()
+    }
+
+
+def _vision_fields(settings: HoliTomConfig) -> dict:
+    """What settings say of the vision tower."""
+    return {name: value for name, value in settings.to_dict().items() if name.startswith("vision_")}
+
+
+def _encode(answerer: Answerer, pixels: dict[str, torch.Tensor], settings: HoliTomConfig) -> dict[str, EncodedVideo]:
+    """Every video through the tower as the settings have it, with what any method may ask for."""
+    settings, model, encoded = HoliTomConfig(retention_ratio=0.5, **_vision_fields(settings)), answerer.model, {}
+    for video, frames in pixels.items():
+        features = model.get_video_features(
+            frames, vision_batch_size=32, holitom_config=settings, return_vision_states=False, return_dict=True
+        )
+        encoded[video] = encoded_video(features, model.config, frames.shape[1], settings)
     return encoded
 
 

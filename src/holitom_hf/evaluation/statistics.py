@@ -25,13 +25,18 @@ def mcnemar_probability(won: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2 ** (won + lost))
 
 
-def is_running(results: list[Result], full: list[Result]) -> bool:
+def is_running(results: list[Result], baseline: list[Result]) -> bool:
     """
-    Whether a run that is to shorten videos shows it: not if no video is shorter than in the uncompressed model, nor if
-    every answer is the uncompressed one's, letter by letter.
+    Whether a run that is to take less shows it: not if no question takes fewer tokens or operations than in the run
+    that it is compared with, nor if every answer is that one's, letter by letter.
     """
-    same = {result.id: result for result in full}
+    same = {result.id: result for result in baseline}
     pairs = [(result, same[result.id]) for result in results if result.id in same]
-    return any(own.tokens_inner < other.tokens_inner for own, other in pairs) and any(
+    return any(_takes_less(own, other) for own, other in pairs) and any(
         own.answer != other.answer for own, other in pairs
     )
+
+
+def _takes_less(own: Result, other: Result) -> bool:
+    is_counted = own.operations is not None and other.operations is not None
+    return own.tokens_inner < other.tokens_inner or (is_counted and own.operations < other.operations)

@@ -7,7 +7,6 @@ Checkpoints carry the files that are imported at the top; what is there for comp
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .methods.farthest_points import farthest_points_flops, merge_farthest_points
 from .methods.holitom import merge_holitom
 from .methods.visionzip import merge_visionzip, visionzip_flops
+from .package import of_package
 
 
 if TYPE_CHECKING:
@@ -51,25 +51,9 @@ class Method:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def of_package(method: str, function: str | None = None) -> Callable:
-    """
-    A function of a method that checkpoints do not carry, from the installed package when it is called.
-
-    Args:
-        method: Its file in `methods/`.
-        function: The function's name; `None`: `merge_` and the method's.
-    """
-
-    def call(*args):
-        try:
-            module = importlib.import_module(f"holitom_hf.merging.methods.{method}")
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"{method!r} is there to compare with, and a checkpoint's code does without: pip install holitom-hf"
-            ) from error
-        return getattr(module, function or f"merge_{method}")(*args)
-
-    return call
+def _control(method: str, function: str | None = None) -> Callable:
+    """A function of a method that is there to compare with; by default the one that merges."""
+    return of_package(f"merging.methods.{method}", function or f"merge_{method}")
 
 
 METHODS = {
@@ -84,30 +68,30 @@ METHODS = {
         fields={"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
     ),
     "question_tokens": Method(
-        of_package("question_tokens"),
+        _control("question_tokens"),
         "tokens like the question",
         "control",
         "question",
         needs_importance=False,
         needs_question=True,
-        flops=of_package("question_tokens", "question_tokens_flops"),
+        flops=_control("question_tokens", "question_tokens_flops"),
     ),
-    "fixed_windows": Method(of_package("fixed_windows"), "HoliTom over fixed windows", "ablation"),
+    "fixed_windows": Method(_control("fixed_windows"), "HoliTom over fixed windows", "ablation"),
     "visionzip": Method(merge_visionzip, "VisionZip", flops=visionzip_flops),
     "video_farthest_points": Method(
-        of_package("video_farthest_points"),
+        _control("video_farthest_points"),
         "farthest points of the video",
         "control",
         "farthest-video",
         needs_importance=False,
-        flops=of_package("video_farthest_points", "video_farthest_points_flops"),
+        flops=_control("video_farthest_points", "video_farthest_points_flops"),
     ),
     "frame_subsampling": Method(
-        of_package("frame_subsampling"), "fewer frames", "control", "frames", needs_importance=False
+        _control("frame_subsampling"), "fewer frames", "control", "frames", needs_importance=False
     ),
-    "random_tokens": Method(of_package("random_tokens"), "random tokens", "control", "random", needs_importance=False),
-    "regular_grid": Method(of_package("regular_grid"), "regular grid", "control", "grid", needs_importance=False),
+    "random_tokens": Method(_control("random_tokens"), "random tokens", "control", "random", needs_importance=False),
+    "regular_grid": Method(_control("regular_grid"), "regular grid", "control", "grid", needs_importance=False),
     "average_pooling": Method(
-        of_package("average_pooling"), "average pooling", "control", "pooling", needs_importance=False
+        _control("average_pooling"), "average pooling", "control", "pooling", needs_importance=False
     ),
 }

@@ -7,6 +7,11 @@ and convolutions count.
 
 from collections.abc import Sequence
 
+import torch
+
+from ..merging.flops import segmentation_flops
+from ..merging.vision_methods import REUSE, TOME
+
 
 def vision_tower_flops(vision_config, num_frames: int) -> float:
     """Operations of a SigLIP tower without a head over `num_frames` frames."""
@@ -17,18 +22,45 @@ def vision_tower_flops(vision_config, num_frames: int) -> float:
     return float(num_frames * (embedding + vision_config.num_hidden_layers * layer))
 
 
-def projector_flops(config, num_frames: int) -> float:
-    """Operations of LLaVA-OneVision's two-layer projector, which runs before the pooling."""
+def packed_tower_flops(vision_config, rows_by_layer: torch.Tensor, vision_method: str) -> float:
+    """
+    Operations of a SigLIP tower that leaves something out, and of finding out what, over the frames of one video.
+
+    Args:
+        vision_config: Of the tower.
+        rows_by_layer: (L, F), as in [`HoliTomVideoFeatures`].
+        vision_method: What it leaves out.
+    """
+    width, hidden, patches = vision_config.hidden_size, vision_config.intermediate_size, _num_patches(vision_config)
+    num_frames = rows_by_layer.shape[1]
+    total = 2 * num_frames * patches * vision_config.num_channels * vision_config.patch_size**2 * width
+    after = torch.cat([rows_by_layer[1:], rows_by_layer[-1:]]) if vision_method == TOME else rows_by_layer
+    keys = rows_by_layer if vision_method == TOME else torch.full_like(rows_by_layer, patches)
+    total += int((8 * rows_by_layer * width**2 + 4 * rows_by_layer * keys * width + 4 * after * width * hidden).sum())
+    if vision_method == TOME:
+        merging = rows_by_layer[rows_by_layer != after]
+        head_dim = width // vision_config.num_attention_heads
+        total += int((2 * ((merging + 1) // 2) * (merging // 2) * head_dim).sum())
+    return float(total + (segmentation_flops(num_frames, patches, width) if vision_method == REUSE else 0))
+
+
+def projector_flops(config, num_frames: int, num_rows: int | None = None) -> float:
+    """
+    Operations of LLaVA-OneVision's two-layer projector, which runs before the pooling; over `num_rows` patches where
+    not all are computed.
+    """
     layers = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     dim = config.text_config.hidden_size
-    return float(num_frames * 2 * _num_patches(config.vision_config) * (width * dim + dim * dim))
+    num_rows = num_frames * _num_patches(config.vision_config) if num_rows is None else num_rows
+    return float(num_rows * 2 * (width * dim + dim * dim))
 
 
-def importance_flops(vision_config, num_frames: int) -> float:
-    """Operations of [`vision_importance`]: two projections and the scores."""
+def importance_flops(vision_config, num_frames: int, num_rows: int | None = None) -> float:
+    """Operations of [`vision_importance`]: two projections of `num_rows` patches, or all, and the scores of all."""
     patches, width = _num_patches(vision_config), vision_config.hidden_size
-    return float(num_frames * (2 * patches * 2 * width**2 + 2 * patches**2 * width))
+    num_rows = num_frames * patches if num_rows is None else num_rows
+    return float(2 * num_rows * 2 * width**2 + num_frames * 2 * patches**2 * width)
 
 
 def decoder_flops(text_config, num_tokens: Sequence[int]) -> float:

@@ -1,14 +1,13 @@
 """What a SigLIP tower does with a video under each name in [`VISION_METHODS`]: the one list of encoders."""
 
+from ..merging.package import of_package
 from ..merging.vision_methods import FRAMES, REUSE, TOME
 from .siglip import HoliTomSiglipVisionModel
-from .siglip_frames import encode_merged_frames
-from .siglip_tome import encode_merged_patches
 
 
 # All take what `HoliTomSiglipVisionModel.encode_changes` takes, the tower first, and return what it returns.
 VISION_ENCODERS = {
     REUSE: HoliTomSiglipVisionModel.encode_changes,
-    FRAMES: encode_merged_frames,
-    TOME: encode_merged_patches,
+    FRAMES: of_package("models.siglip_frames", "encode_merged_frames"),
+    TOME: of_package("models.siglip_tome", "encode_merged_patches"),
 }

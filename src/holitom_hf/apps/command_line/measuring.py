@@ -71,6 +71,7 @@ def evaluate(
         list[float] | None, typer.Option(help="Values of R; default: 0.25 ... 0.02, or what a preset or settings say.")
     ] = None,
     ablations: Annotated[bool, typer.Option(help="The paper's ablations, too.")] = False,
+    vision: Annotated[bool, typer.Option(help="A vision tower that leaves something out, too.")] = False,
     questions: Annotated[Path | None, typer.Option(help="A set of questions; default: one drawn into --out.")] = None,
     num_questions: Annotated[int, typer.Option(min=1, help="Size of the set that is drawn.")] = 1000,
     split: Split = "test",
@@ -86,7 +87,7 @@ def evaluate(
     with one_line_errors():
         name, hub = find_model(model)
         from ...bundled.questions import read_set, write_set
-        from ...evaluation.methods import RETENTION_RATIOS, ROWS, ablation_runs, method_runs, settings_runs
+        from ...evaluation import methods as rows
 
         quiet()
         from ...answering.answerer import Answerer
@@ -96,10 +97,13 @@ def evaluate(
         answerer = Answerer(name, device=device, dtype=dtype, hub=hub)
         own = answerer.config.holitom_config
         given = [*(preset or []), *map(_json_object, settings or [])]
-        runs = method_runs(own, methods or ([] if given else list(ROWS)), retention_ratios or list(RETENTION_RATIOS))
-        runs += settings_runs(own, given, retention_ratios)
+        methods = methods or ([] if given or vision else list(rows.ROWS))
+        runs = rows.method_runs(own, methods, retention_ratios or list(rows.RETENTION_RATIOS))
+        runs += rows.settings_runs(own, given, retention_ratios)
         if ablations:
-            runs += ablation_runs(own, answerer.config.text_config.num_hidden_layers)
+            runs += rows.ablation_runs(own, answerer.config.text_config.num_hidden_layers)
+        if vision:
+            runs += rows.vision_runs(own)
         folder = questions or out / f"{split}-{seed}-{num_questions}"
         if questions is None and not (folder / "questions.jsonl").is_file():
             write_set(folder, num_questions, split, seed, progress=progress_bar("Writing videos"))
@@ -155,7 +159,7 @@ def flops(
             print(f"What {config.holitom_config.outer_method} itself computes before the decoder is not counted.")
 
 
-@app.command()
+@app.command(cls=ManyValues)
 def bench(
     arch: Annotated[str, typer.Option(help="0.5b, 7b, 72b or tiny, with random weights.")] = "tiny",
     preset: Preset = None,
@@ -172,7 +176,10 @@ def bench(
     compile_vision: Annotated[bool, typer.Option(help="Run the vision tower through torch.compile.")] = False,
     vision_reuse_layer: Annotated[
         int | None,
-        typer.Option(min=1, help="Measure HoliTom with reuse in the vision tower from this layer on, too."),
+        typer.Option(min=1, help="Measure HoliTom, too, with a tower that leaves something out from this layer on."),
+    ] = None,
+    vision_methods: Annotated[
+        list[str] | None, typer.Option(help="What it leaves out: reuse, frames, tome; default: the first.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps; auto: the best there is.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 but on a CPU.")] = "auto",
@@ -212,7 +219,7 @@ def bench(
                 rounds,
                 largest_batch,
                 compile_vision,
-                {"reuse": {"vision_reuse_layer": vision_reuse_layer}} if vision_reuse_layer else None,
+                _vision_variants(vision_reuse_layer, vision_methods),
                 progress_bar("Measuring"),
             )
             print(report.model_table(result))
@@ -273,6 +280,15 @@ def scaling(
         (out / "scaling.md").write_text(table + "\n")
         growth.plot_scaling(results, out / "scaling.png")
         print(f"Wrote {out / 'scaling.md'}, {out / 'scaling.png'}.")
+
+
+def _vision_variants(layer: int | None, methods: list[str] | None) -> dict[str, dict]:
+    """Settings of the vision tower to measure, by the method's name."""
+    from ...merging.vision_methods import VISION_METHODS
+
+    if layer is None:
+        return {}
+    return {name: {"vision_method": name, "vision_reuse_layer": layer} for name in methods or VISION_METHODS[:1]}
 
 
 def _json_object(text: str) -> dict:

@@ -1,0 +1,25 @@
+"""Functions of the installed package that a checkpoint's code does without."""
+
+import importlib
+from collections.abc import Callable
+
+
+def of_package(module: str, function: str) -> Callable:
+    """
+    A function that is looked up when it is called, so that checkpoints do not carry its file.
+
+    Args:
+        module: Its place in `holitom_hf`.
+        function: Its name.
+    """
+
+    def call(*args, **kwargs):
+        try:
+            found = importlib.import_module(f"holitom_hf.{module}")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{module!r} is there to compare with, and a checkpoint's code does without: pip install holitom-hf"
+            ) from error
+        return getattr(found, function)(*args, **kwargs)
+
+    return call
