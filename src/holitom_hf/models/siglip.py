@@ -168,11 +168,12 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
         by_chunk = []
         for pixels in chunks:
             states = self.embeddings(pixels, **embedding_kwargs)
-            kept = {0: states}
+            kept = {0: states} if 0 in wanted else {}
             for index, layer in enumerate(self.encoder.layers[:num_layers], 1):
                 states = layer(states, None)
-                kept[index] = states
-            by_chunk.append({index: kept[index] for index in kept if index in wanted or index == num_layers})
+                if index in wanted or index == num_layers:
+                    kept[index] = states
+            by_chunk.append(kept)
         return {index: torch.cat([states.pop(index) for states in by_chunk]) for index in list(by_chunk[0])}
 
 
