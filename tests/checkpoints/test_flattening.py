@@ -189,5 +189,7 @@ def test_comments_and_what_is_there_to_compare_with_stay_in_the_package():
 def test_a_control_that_is_not_there_says_where_it_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "holitom_hf.merging.methods.regular_grid", None)
     settings = MergingSettings(outer_method="regular_grid", retention_ratio=0.5)
-    with pytest.raises(ImportError, match=r"'merging.methods.regular_grid' is there to compare with.*pip install holitom-hf"):
+    with pytest.raises(
+        ImportError, match=r"'merging.methods.regular_grid' is there to compare with.*pip install holitom-hf"
+    ):
         merge_video_tokens(torch.randn(2, 4, 8), torch.rand(2, 4), settings)

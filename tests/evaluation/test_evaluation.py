@@ -19,7 +19,7 @@ from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.bundled.questions import second_turns, write_set
 from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
 from holitom_hf.evaluation import running
-from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs, settings_runs
+from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs, settings_runs, vision_runs
 from holitom_hf.evaluation.report import check_claims, summarize, write_report
 from holitom_hf.evaluation.running import Result, describe, evaluate, is_right
 from holitom_hf.evaluation.statistics import mcnemar
@@ -416,6 +416,50 @@ def test_report_holds_every_run(results, runs, answerer, tmp_path):
         assert line.count("|") >= 4
     for file in files[2:]:
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_towers_that_leave_something_out_are_compared_with_the_same_behind_all_patches(
+    answerer, folder, asked, tmp_path
+):
+    own = answerer.config.holitom_config
+    runs = [full_run(own), *vision_runs(own, ratio=0.3)]
+    results = evaluate(answerer, folder / "questions", asked, runs, tmp_path, max_new_tokens=3, num_counted=0)
+    question = asked[0]
+    for run in runs:
+        if not run.settings.has_vision_stage:
+            continue
+        pixels = answerer.processor.video_processor(str(folder / "questions" / question.video), return_tensors="pt")
+        features = answerer.model.get_video_features(
+            pixels["pixel_values_videos"], holitom_config=run.settings, return_vision_states=False
+        )
+        inputs = answerer.prepare(str(folder / "questions" / question.video), question.text)
+        answerer.encode(inputs)
+        inputs.encoded = features
+        answer = answerer.generate(inputs, max_new_tokens=3, settings=run.settings)
+        [result] = [r for r in results if (r.run, r.id) == (run.name, question.id)]
+        assert result.answer == answer.text
+        [whole] = [r for r in results if (r.run, r.id) == (run.baseline, question.id)]
+        assert (result.operations < whole.operations) == (features.rows_by_layer[0].min() < 196)
+
+    # Made up so that one group tells: reuse as good as all patches for half of the operations, the others worse.
+    for result in results:
+        run = next(run for run in runs if run.name == result.run)
+        number, how = int(result.id.split("-")[-1]), run.settings.vision_method
+        result.is_right = not run.settings.has_vision_stage or how == "reuse" or number > 0
+        result.answer = f"{result.run} {result.is_right}"
+        result.operations = 1.0 if not run.settings.has_vision_stage else {"reuse": 0.4}.get(how, 0.5)
+    rows = summarize(results, runs)
+    claims = {claim.text: claim.verdict for claim in check_claims(rows, results)}
+    group = "vision tower, HoliTom"
+    assert claims[f"{group}: reuse 0.98 loses against all patches"] == "no difference"
+    assert claims[f"{group}: tome 0.5 loses against all patches"] == "holds"
+    assert claims[f"{group}: reuse 0.98 is ahead of frames"] == "holds"
+    files = write_report(rows, results, "command", tmp_path)
+    assert [file.name for file in files] == ["table.md", "table.json", "accuracy_vision.png"]
+    table = (tmp_path / "table.md").read_text()
+    assert f"Ablation at R = 30%: {group}" in table
+    assert table.count("| reuse 0.98 |") == 3
+    assert table.count("| uncompressed |") == 3  # of all rows, of types, and before the group without merging
 
 
 def test_ablations_change_one_field(answerer):

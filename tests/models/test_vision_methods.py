@@ -1,19 +1,24 @@
 """Frames and patches that are merged inside the tower, against towers that merge them one by one."""
 
+import dataclasses
 import math
 from itertools import chain, islice, pairwise
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
 from holitom_hf.merging import frame_merging
 from holitom_hf.merging.bipartite import merges_by_layer
+from holitom_hf.merging.flops import segmentation_flops
+from holitom_hf.models.operations import importance_flops, packed_tower_flops, projector_flops
 from holitom_hf.models.siglip import HoliTomSiglipVisionModel
 from holitom_hf.models.vision_methods import VISION_ENCODERS
 
 from ..conftest import IDENTITY, SMALL, make_prompt, make_video
-from .test_vision_reuse import random_tower, random_video
+from .test_vision_reuse import random_tower, random_video, still_video
 
 
 CLOSE = {"atol": 5e-6, "rtol": 1e-5}
@@ -375,3 +380,28 @@ def test_patches_that_count_several_times_need_attention_that_takes_a_mask():
     settings = HoliTomConfig(vision_method="tome", vision_reuse_layer=1)
     with pytest.raises(ValueError, match="vision_method 'tome' adds to attention scores, which 'flash_attention_2'"):
         encoded(tower, random_video(1), [1], settings)
+
+
+@pytest.mark.parametrize("method", ["reuse", "frames", "tome"])
+def test_operations_of_a_tower_that_leaves_something_out(model, method):
+    """The formulas against torch's counter over the tower, its projector and the importance."""
+    settings = HoliTomConfig(vision_method=method, vision_reuse_layer=1, vision_reuse_threshold=0.9)
+    pixels = still_video(1, seed=1).expand(1, 7, -1, -1, -1) if method == "frames" else still_video(7, seed=1)[None]
+
+    def counted(**changes) -> int:
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            counted.features = model.get_video_features(
+                pixels, holitom_config=dataclasses.replace(settings, **changes), return_vision_states=False
+            )
+        return counter.get_total_flops()
+
+    config, encoding = model.config, counted(outer_method="none")
+    [rows] = counted.features.rows_by_layer
+    assert rows.sum() < rows.numel() * 64
+    tower = packed_tower_flops(config.vision_config, rows, method)
+    if method == "reuse":  # torch counts products of all seven frames with all, of which those of neighbours are used
+        tower += 64 * 2 * 32 * 7 * 7 - segmentation_flops(7, 64, 32)
+    projector = projector_flops(config, 7, int(counted.features.computed_patches[0].sum()))
+    assert encoding == tower + projector
+    importance = importance_flops(config.vision_config, 7, int(rows[-1].sum()))
+    assert counted() - encoding == importance

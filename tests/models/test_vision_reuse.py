@@ -173,7 +173,7 @@ def test_pieces_hold_every_row_once_and_all_they_need(frames_at_once):
     plan = PatchPlan.of(is_computed, first_frame)
     states = torch.arange(90).view(9, 10, 1)
     rows = plan.gather(states)
-    pieces = list(plan.pieces(frames_at_once * 10))
+    pieces = list(plan.pieces(frames_at_once))
     assert torch.equal(torch.cat([piece.own(piece.take(rows)) for piece in pieces]), rows)
     places = torch.cat([piece.take(rows)[piece.own_slot] for piece in pieces])
     assert torch.equal(places, torch.where(is_computed[..., None], states, states[torch.tensor(first_frame)]))
@@ -389,3 +389,44 @@ def test_a_tower_of_another_kind_is_named():
     ).eval()
     with pytest.raises(ValueError, match="needs a SigLIP vision tower, this model's is a CLIPVisionModel"):
         model.get_video_features(still_video(2, seed=0)[None], holitom_config=REUSE)
+
+
+def test_no_piece_has_more_frames_than_may_exist_at_once():
+    """Keys and values, importance's queries and keys, and what is projected exist at all places of a piece."""
+    pixels = random_video(1).expand(40, -1, -1, -1)
+    _, _, parts = packed(random_tower(), pixels, [40], HoliTomConfig(vision_reuse_layer=1), frames_at_once=4)
+    assert max(len(part.slot) for part in parts) <= 4
+
+
+def test_a_piece_computes_nothing_twice_that_it_does_not_use(monkeypatch):
+    monkeypatch.setattr(patches, "DENSE_SHARE", 0.0)
+    states = torch.randn(1, 8, 16).expand(6, -1, -1)
+    plan = plan_patches(states, [6], HoliTomConfig(vision_reuse_layer=1))
+    assert plan.is_dense
+    assert [piece.num_carried for piece in plan.pieces(1)] == [0] * 6
+
+
+def test_a_layer_that_saves_nothing_is_told_whatever_is_returned(model):
+    """Features are taken after layer 2 of 3: nothing is left to leave out after `vision_reuse_layer` 2."""
+    for return_vision_states in (False, True):
+        with pytest.raises(ValueError, match="choose 1 to 1"):
+            model.get_video_features(
+                [make_video(3, seed=0)],
+                vision_feature_layer=-2,
+                holitom_config={"vision_reuse_layer": 2},
+                return_vision_states=return_vision_states,
+            )
+
+
+def test_attentions_that_cannot_be_returned_are_refused(model):
+    with pytest.raises(ValueError, match="attentions"):
+        model.get_video_features(
+            [make_video(3, seed=0)], output_attentions=True, holitom_config={"vision_reuse_layer": 1}
+        )
+
+
+def test_a_plan_follows_the_layers_to_their_device():
+    plan = PatchPlan.of(torch.ones(2, 3, dtype=torch.bool), [0, 1])
+    assert plan.to("cpu") is plan
+    assert plan.to("meta").slot.device.type == "meta"
+    assert plan.to("meta") is plan.to("meta")

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from ..bundled.questions import QUESTION_TYPES
-from ..configuration import HoliTomConfig
 from ..merging.vision_methods import REUSE, VISION_METHODS
 from .methods import COLORS, MARKERS, ROWS, Run
-from .running import Result, changed_settings
+from .running import Result
 from .statistics import is_running, mcnemar
 
 
@@ -84,6 +83,11 @@ class Row:
     only_ours: int
     only_full: int
     mcnemar: float
+
+    @property
+    def vision_method(self) -> str | None:
+        """What the vision tower leaves out; `None`: nothing."""
+        return self.fields.get("vision_method", REUSE) if "vision_reuse_layer" in self.fields else None
 
 
 class _Resampled:
@@ -163,7 +167,7 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
                 relative=relative,
                 relative_low=relative_low,
                 relative_high=relative_high,
-                fields=_shown_fields(run.settings),
+                fields=own[0].settings,
                 by_type=by_type,
                 tokens_outer=float(np.mean([result.tokens_outer for result in own])),
                 tokens_inner=float(np.mean([result.tokens_inner for result in own])),
@@ -179,12 +183,6 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
             )
         )
     return rows
-
-
-def _shown_fields(settings: HoliTomConfig) -> dict:
-    """Settings that are not the defaults, and how the vision tower leaves something out, if it does."""
-    shown = changed_settings(settings)
-    return shown | {"vision_method": settings.vision_method} if settings.has_vision_stage else shown
 
 
 def _share(own: list[Result], full: list[Result], name: str) -> float | None:
@@ -267,7 +265,7 @@ def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
 def _vision_claims(found: dict[str, Row], accuracies: dict[str, np.ndarray]) -> list[Claim]:
     """Of towers that leave something out: what that costs, and who is ahead at equal operations."""
     claims = []
-    rows = [row for row in found.values() if row.ablation and "vision_method" in row.fields]
+    rows = [row for row in found.values() if row.ablation and row.vision_method]
     for row in rows:
         whole = found.get(row.baseline)
         if whole is not None:
@@ -275,10 +273,10 @@ def _vision_claims(found: dict[str, Row], accuracies: dict[str, np.ndarray]) -> 
             text, measured = f"{row.run} loses against all patches", _points(row.accuracy - whole.accuracy, low, high)
             claims.append(Claim(text, measured, _verdict(-high, -low, undecided="no difference")))
     for row in rows:
-        if row.fields["vision_method"] != REUSE:
+        if row.vision_method != REUSE:
             continue
         for other in VISION_METHODS:
-            curve = [o for o in rows if o.ablation == row.ablation and o.fields["vision_method"] == other]
+            curve = [o for o in rows if o.ablation == row.ablation and o.vision_method == other]
             curve = sorted(curve, key=lambda o: o.operations_share)
             if other == REUSE or not curve:
                 continue
@@ -401,7 +399,7 @@ def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[st
     for group in dict.fromkeys(row.ablation for row in rows if row.ablation):
         members = [row for row in rows if row.ablation == group]
         text += f"\nAblation at R = {members[0].retention_ratio:.0%}: {group}\n\n"
-        if members[0].fields.get("vision_method"):  # the row that it is compared with stands elsewhere
+        if members[0].vision_method:  # the row that it is compared with stands elsewhere
             members.insert(0, next(row for row in rows if row.run == members[0].baseline))
         text += _table([head[0], *head[2:]], [[_line(row)[0], *_line(row)[2:]] for row in members])
     return text
@@ -409,7 +407,7 @@ def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[st
 
 def _plots(rows: list[Row], out: Path) -> list[Path]:
     has_curves = any(row.method in ROWS for row in rows)
-    has_vision = any("vision_method" in row.fields for row in rows if row.ablation)
+    has_vision = any(row.vision_method for row in rows if row.ablation)
     if not has_curves and not has_vision:
         return []  # single settings are no curve
     try:
@@ -420,9 +418,10 @@ def _plots(rows: list[Row], out: Path) -> list[Path]:
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
         files = [_plot_vision(rows, Figure, out)] if has_vision else []
         if has_curves:
-            files += [_plot_cost(rows, Figure, out, "flops"), _plot_types(rows, Figure, out)]
-        if has_curves and all(row.operations_share is not None for row in rows):
-            files.append(_plot_cost(rows, Figure, out, "operations"))
+            files.append(_plot_cost(rows, Figure, out, "flops"))
+            if all(row.operations_share is not None for row in rows):
+                files.append(_plot_cost(rows, Figure, out, "operations"))
+            files.append(_plot_types(rows, Figure, out))
         return files
 
 
@@ -467,14 +466,14 @@ def _plot_cost(rows: list[Row], figure_class, out: Path, cost: str) -> Path:
 
 def _plot_vision(rows: list[Row], figure_class, out: Path) -> Path:
     """Accuracy against all operations, tower included: a panel for every way to go on behind the tower."""
-    groups = dict.fromkeys(row.ablation for row in rows if row.ablation and "vision_method" in row.fields)
+    groups = dict.fromkeys(row.ablation for row in rows if row.ablation and row.vision_method)
     figure = figure_class(figsize=(3.6 * len(groups), 3.6), layout="constrained")
     for axes, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups):
-        members = [row for row in rows if row.ablation == group and "vision_method" in row.fields]
+        members = [row for row in rows if row.ablation == group and row.vision_method]
         whole = next(row for row in rows if row.run == members[0].baseline)
         axes.plot(100 * whole.operations_share, 100 * whole.accuracy, "k*", markersize=10, label="all patches")
         for method, color, marker in zip(VISION_METHODS, COLORS, MARKERS):
-            own = sorted((r for r in members if r.fields["vision_method"] == method), key=lambda r: r.operations_share)
+            own = sorted((r for r in members if r.vision_method == method), key=lambda r: r.operations_share)
             middle = np.array([100 * row.accuracy for row in own])
             low, high = ([100 * getattr(row, f"accuracy_{end}") for row in own] for end in ("low", "high"))
             places = [100 * row.operations_share for row in own]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ class PatchPlan:
         is_computed: (F, P) bool, which patches have a row of their own; at least all of a segment's first frame.
         slot: (F, P) int64, the row of every place: its own, or that of the same place in its segment's first frame.
         num_rows: Of every frame, on the host.
-        first_frame: Of every frame, the first one of its segment; on the host.
+        first_frame: Of every frame, the one whose rows it uses beside its own; on the host.
         rows_by_layer: As in [`VisionPlan`], from the tower that follows the plan.
     """
 
@@ -42,6 +42,7 @@ class PatchPlan:
     num_rows: np.ndarray
     first_frame: np.ndarray
     rows_by_layer: torch.Tensor | None = None
+    _elsewhere: dict[torch.device, PatchPlan] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, is_computed: torch.Tensor, first_frame: list[int]) -> PatchPlan:
@@ -49,7 +50,9 @@ class PatchPlan:
         own = is_computed.flatten().cumsum(0).view(is_computed.shape) - 1
         first = on_device(first_frame, own.device)
         slot = torch.where(is_computed, own, own[first])
-        return cls(is_computed, slot, is_computed.sum(1).cpu().numpy(), np.array(first_frame))
+        num_rows = is_computed.sum(1).cpu().numpy()
+        needs_none = num_rows == is_computed.shape[1]
+        return cls(is_computed, slot, num_rows, np.where(needs_none, np.arange(len(num_rows)), first_frame))
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -104,18 +107,32 @@ class PatchPlan:
             "max_length_k": num_patches,
         }
 
-    def pieces(self, most_rows: int) -> Iterator[PatchPiece]:
-        """Frames of together at most `most_rows` rows (at least one frame), with what they use of another."""
+    def to(self, device: torch.device | int, non_blocking: bool = False) -> PatchPlan:
+        """The plan for layers on another device."""
+        device = torch.device(device)
+        if device == self.slot.device:
+            return self
+        if device not in self._elsewhere:
+            moved = (values.to(device, non_blocking=non_blocking) for values in (self.is_computed, self.slot))
+            self._elsewhere[device] = PatchPlan(*moved, self.num_rows, self.first_frame)
+        return self._elsewhere[device]
+
+    def pieces(self, most_frames: int) -> Iterator[PatchPiece]:
+        """
+        Some frames after others, at most `most_frames` of them with as many rows as so many whole ones have; each
+        piece with what it uses of another.
+        """
         num_frames, num_patches = self.slot.shape
         start = 0
         while start < num_frames:
-            stop = int(np.searchsorted(self.starts, self.starts[start] + most_rows, side="right")) - 1
-            stop = min(max(stop, start + 1), num_frames)
+            most_rows = self.starts[start] + most_frames * num_patches
+            stop = int(np.searchsorted(self.starts, most_rows, side="right")) - 1
+            stop = min(max(stop, start + 1), start + most_frames, num_frames)
             yield self._piece(start, stop, num_patches)
             start = stop
 
     def _piece(self, start: int, stop: int, num_patches: int) -> PatchPiece:
-        first, row = int(self.first_frame[start]), int(self.starts[start])
+        first, row = int(self.first_frame[start:stop].min()), int(self.starts[start])
         ranges, frames = [(row, int(self.starts[stop]))], [*range(start, stop)]
         slot, firsts = self.slot[start:stop] - row, self.first_frame[start:stop] - start
         num_carried = int(first < start)
@@ -125,7 +142,7 @@ class PatchPlan:
             of_first = self.slot[start:stop] - ranges[0][0]
             slot = torch.where(slot >= 0, slot + num_patches, of_first)
             slot = torch.cat([torch.arange(num_patches, device=slot.device)[None], slot])
-            firsts = np.concatenate([[0], np.maximum(firsts + 1, 0)])
+            firsts = np.concatenate([[0], np.where(firsts < 0, 0, firsts + 1)])
         if stop - start == self.slot.shape[0]:
             return PatchPiece(self, ranges, 0)
         is_computed = self.is_computed[frames]

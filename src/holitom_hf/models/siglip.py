@@ -124,23 +124,15 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
             num_frames: Of every video.
             settings: Which layer, and what repeats.
             wanted: Indices of hidden states, counted from the front; the largest one decides how many layers run.
-            frames_at_once: As many patches as these frames have go through a layer at once.
+            frames_at_once: So many frames, or as many patches as they have, go through a layer at once.
             shared_from: Index of the first hidden state that has the same rows as the later ones; by default the one
                 before the last. Here all have the same.
             embedding_kwargs: For the embeddings.
 
         Returns:
             The plan, and the states of some frames after others.
-
-        Raises:
-            ValueError: If the tower has no layers left after `vision_reuse_layer`.
         """
         start, stop = settings.vision_reuse_layer, max(wanted)
-        if start >= stop:
-            raise ValueError(
-                f"vision_reuse_layer is {start}, but features are taken after layer {stop} of the vision tower: "
-                f"choose 1 to {stop - 1}, or None to compute all patches"
-            )
         dense = self.first_states(chunks, start, wanted, embedding_kwargs)
         plan = plan_patches(dense[start], num_frames, settings)
         rows = {index: plan.gather(states) for index, states in dense.items()}
@@ -151,13 +143,14 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
         plan.rows_by_layer = torch.stack(
             [torch.full_like(num_rows, num_patches)] * start + [num_rows] * (stop - start)
         )
-        pieces = list(plan.pieces(frames_at_once * num_patches))
+        pieces = list(plan.pieces(frames_at_once))
         for index, layer in enumerate(self.encoder.layers[start:stop], start + 1):
             current = torch.cat([_layer_over(piece, layer, current, num_patches) for piece in pieces])
             if index in wanted:
                 rows[index] = current
         states = (
-            PackedStates({index: piece.take(rows[index]) for index in wanted}, piece.own_slot) for piece in pieces
+            PackedStates({index: piece.take(rows[index]) for index in wanted}, piece.own_slot.to(current.device))
+            for piece in pieces
         )
         return plan, states
 

@@ -104,6 +104,10 @@ class LlavaOnevisionVisionMixin:
         num_leading = int(vision_feature_select_strategy == "default")  # a class before the patches
         computed = rows_by_layer = None
         if settings.has_vision_stage:
+            if kwargs.get("output_attentions"):
+                raise ValueError(
+                    "a tower that leaves patches out has no attentions to return: vision_reuse_layer is set"
+                )
             plan, parts = self._encode_changes(
                 chunks, num_frames, settings, feature_layers, hidden_index, wanted, num_leading, vision_batch_size,
                 return_vision_states, kwargs.get("interpolate_pos_encoding", False),
@@ -187,6 +191,12 @@ class LlavaOnevisionVisionMixin:
             )
         number = len(tower.encoder.layers) + 1
         layers = [index % number for index in feature_layers]
+        start, last = settings.vision_reuse_layer, max(layers)
+        if start >= last:
+            raise ValueError(
+                f"vision_reuse_layer is {start}, but features are taken after layer {last} of the vision tower: "
+                f"choose 1 to {last - 1}, or None to compute all patches"
+            )
         shown = [*range(number)] if wanted is True else [index % number for index in wanted]
         needed = {*layers, hidden_index} | ({*shown, number - 1} if return_vision_states else set())
         plan, packed = VISION_ENCODERS[settings.vision_method](
