@@ -110,7 +110,7 @@ class MergingSettings:
     importance_weight: float = 0.0
     vision_method: str = REUSE
     vision_reuse_layer: int | None = None
-    vision_reuse_threshold: float = 0.95
+    vision_reuse_threshold: float = 0.98
     vision_retention_ratio: float = 0.5
     vision_drift_guard: bool = True
 
