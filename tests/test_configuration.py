@@ -31,7 +31,7 @@ DEFAULTS = {
     "importance_weight": 0.0,
     "vision_method": "reuse",
     "vision_reuse_layer": None,
-    "vision_reuse_threshold": 0.95,
+    "vision_reuse_threshold": 0.98,
     "vision_retention_ratio": 0.5,
     "vision_drift_guard": True,
     "base_model_name_or_path": None,
@@ -185,6 +185,9 @@ PRESETS = PAPER | {
         "inner_merge_layer": None,
     },
 }
+FAST = ("llava-onevision-7b-r15", "llava-onevision-7b-r10", "llava-onevision-0.5b-r15")
+FAST += ("farthest-points-r15", "farthest-points-r10")
+PRESETS |= {f"{name}-fast": PRESETS[name] | {"vision_reuse_layer": 2} for name in FAST}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,22 @@ def test_the_compressed_model_has_the_operations_that_torch_counts(game):
     total = counted(lambda: model(**game.inputs(), logits_to_keep=1))
     assert total == pytest.approx(expected.total, rel=0.01)
     assert total < 0.7 * counted(lambda: game.models["plain"](**game.inputs(), logits_to_keep=1))
+
+
+def test_a_tower_that_leaves_patches_out_has_the_operations_that_torch_counts(game):
+    """Of the contest's pixels 60 % repeat over three frames: 1 - 0.6 * 2 / 3 are computed after the decision."""
+    model = game.models["holitom"]
+    num_text = game.input_ids.shape[1] - FRAMES * 196 - 1
+    settings = replace(model.config.holitom_config, vision_reuse_layer=1)
+    plan = plan_video(settings, FRAMES, 196, static_share=0.6)
+    expected = forward_flops(model.config, FRAMES, num_text, plan, settings, computed_share=0.6)
+    total = counted(lambda: model(**game.inputs(), logits_to_keep=1, holitom_config=settings))
+    assert total == pytest.approx(expected.total, rel=0.01)
+    whole = forward_flops(model.config, FRAMES, num_text, plan, settings, computed_share=1.0)
+    without = forward_flops(model.config, FRAMES, num_text, plan)
+    assert whole.projector == without.projector
+    assert whole.importance == without.importance
+    assert 0 < whole.vision_tower - without.vision_tower < 1e-3 * without.vision_tower  # what decides
 
 
 def test_what_holitom_adds_has_the_operations_that_torch_counts(game):

@@ -22,6 +22,7 @@ from ..models.operations import (
     importance_flops,
     inner_merging_flops,
     output_layer_flops,
+    packed_tower_flops,
     projector_flops,
     vision_tower_flops,
 )
@@ -126,7 +127,17 @@ def plan_video(
     return VideoPlan(sum(num_clusters) + dynamic, num_static, num_clusters)
 
 
-def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, settings=None) -> ForwardFlops:
+def computed_rows(vision_config, num_frames: int, first_layer: int, computed_share: float) -> torch.Tensor:
+    """(L, F) rows of every layer and frame of a tower that computes a share of the patches after its first layers."""
+    num_patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    rows = torch.full((vision_config.num_hidden_layers, num_frames), num_patches)
+    rows[first_layer:] = round(computed_share * num_patches)
+    return rows
+
+
+def forward_flops(
+    config, num_frames: int, num_text: int, plan: VideoPlan, settings=None, computed_share: float = 1.0
+) -> ForwardFlops:
     """
     Operations of a prompt with one video, up to its first token. What other methods' dropped tokens count with under
     `proportional_attention` is not among them, nor are the products of HoliTom's ablations.
@@ -137,6 +148,7 @@ def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, setti
         num_text: Tokens of the prompt beside the video's (its newline is added here).
         plan: From [`plan_video`], or as a video turned out.
         settings: [`HoliTomConfig`]; default: the config's.
+        computed_share: Of the patches that the vision tower computes after `vision_reuse_layer`, where that is set.
     """
     settings = settings or config.holitom_config
     text = config.text_config
@@ -151,10 +163,16 @@ def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, setti
     if inner_layer is not None:
         videos = [(num_kept, num_video - num_kept)]
         inner = inner_merging_flops(text, num_video + num_text, videos, settings.inner_method == "merge")
+    vision, num_rows = config.vision_config, None
+    tower = vision_tower_flops(vision, num_frames)
+    if settings.has_vision_stage:
+        rows = computed_rows(vision, num_frames, settings.vision_reuse_layer, computed_share)
+        num_rows = int(rows[-1].sum())
+        tower = packed_tower_flops(vision, rows, settings.vision_method)
     return ForwardFlops(
-        vision_tower=vision_tower_flops(config.vision_config, num_frames),
-        projector=projector_flops(config, num_frames),
-        importance=importance_flops(config.vision_config, num_frames) if settings.needs_importance else 0.0,
+        vision_tower=tower,
+        projector=projector_flops(config, num_frames, num_rows),
+        importance=importance_flops(vision, num_frames, num_rows) if settings.needs_importance else 0.0,
         segmentation=segmentation_flops(num_frames, side**2, text.hidden_size) if clusters_videos else 0.0,
         clustering=clustering_flops(plan.num_static, plan.num_clusters, text.hidden_size),
         choosing=choosing_flops(config, num_frames, side**2, num_text, settings),
@@ -165,7 +183,7 @@ def forward_flops(config, num_frames: int, num_text: int, plan: VideoPlan, setti
 
 
 def compare_flops(
-    config, num_frames: int, num_text: int, static_share: float = 0.6
+    config, num_frames: int, num_text: int, static_share: float = 0.6, computed_share: float = 0.35
 ) -> tuple[ForwardFlops, ForwardFlops, tuple[float, float]]:
     """
     Operations without and with a config's compression.
@@ -174,6 +192,7 @@ def compare_flops(
         config: [`HoliTomLlavaOnevisionConfig`].
         num_frames, num_text: As in [`forward_flops`].
         static_share: As in [`plan_video`].
+        computed_share: As in [`forward_flops`].
 
     Returns:
         Exact without, exact with, and both by the paper's formula: the decoder's, for the video's tokens alone, of
@@ -182,10 +201,9 @@ def compare_flops(
     settings, text = config.holitom_config, config.text_config
     nothing = HoliTomConfig(outer_method="none", inner_method="none")
     tokens_per_frame = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2) ** 2
+    sizes = num_frames, tokens_per_frame
     exact = [
-        forward_flops(
-            config, num_frames, num_text, plan_video(chosen, num_frames, tokens_per_frame, static_share), chosen
-        )
+        forward_flops(config, num_frames, num_text, plan_video(chosen, *sizes, static_share), chosen, computed_share)
         for chosen in (nothing, settings)
     ]
     total, depth = num_frames * tokens_per_frame, text.num_hidden_layers

@@ -125,6 +125,9 @@ def flops(
     frames: Annotated[int, typer.Option(min=1, help="Frames of the video.")] = 32,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt beside the video's.")] = 34,
     redundancy: Redundancy = 0.6,
+    computed: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of patches computed where the tower leaves some out.")
+    ] = 0.35,
 ) -> None:
     """Operations of a prompt up to its first token: by the paper's formula, and exactly."""
     with one_line_errors():
@@ -145,12 +148,17 @@ def flops(
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio
         config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
-        print(flops_table(*compare_flops(config, frames, text_tokens, redundancy)))
+        print(flops_table(*compare_flops(config, frames, text_tokens, redundancy, computed)))
         print(
             f"\n{frames} frames, {text_tokens} tokens of text, R = {config.holitom_config.retention_ratio:.0%}. The "
             "paper's formula counts a multiplication and its addition\nas one operation, the exact rows as two, as "
             "torch does."
         )
+        if config.holitom_config.has_vision_stage:
+            first = config.holitom_config.vision_reuse_layer
+            print(
+                f"From layer {first + 1} of the vision tower on {computed:.0%} of the patches are computed (--computed)."
+            )
         if config.holitom_config.outer_method == "holitom":
             print(f"Exact for scenes of 8 frames in which {redundancy:.0%} of the tokens repeat.")
         elif config.holitom_config.has_outer_stage and (
