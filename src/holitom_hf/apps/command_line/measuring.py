@@ -155,10 +155,8 @@ def flops(
             "torch does."
         )
         if config.holitom_config.has_vision_stage:
-            first = config.holitom_config.vision_reuse_layer
-            print(
-                f"From layer {first + 1} of the vision tower on {computed:.0%} of the patches are computed (--computed)."
-            )
+            first = config.holitom_config.vision_reuse_layer + 1
+            print(f"From the tower's layer {first} on {computed:.0%} of the patches are computed (--computed).")
         if config.holitom_config.outer_method == "holitom":
             print(f"Exact for scenes of 8 frames in which {redundancy:.0%} of the tokens repeat.")
         elif config.holitom_config.has_outer_stage and (
