@@ -10,6 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration
+from holitom_hf.merging.vision_methods import VISION_METHODS
 
 from ..conftest import make_prompt, make_video
 
@@ -39,8 +40,10 @@ def test_device_map_auto(checkpoint, inputs, expected):
 @pytest.mark.parametrize(
     "on_disk", [("vision_tower", "layers.1", "layers.2", "lm_head"), ("embed_tokens", "layers.3")]
 )
-def test_layers_on_different_places_with_offloading(checkpoint, inputs, expected, tmp_path, on_disk):
+@torch.inference_mode()
+def test_layers_on_different_places_with_offloading(model, checkpoint, inputs, expected, tmp_path, on_disk):
     """Weights on the disk are fetched by accelerate's hooks, also where HoliTom calls a layer's projections itself."""
+    pixels = make_video(1, seed=1).expand(1, 5, -1, -1, -1)
     names = ["model.vision_tower", "model.multi_modal_projector", "model.image_newline", "lm_head"]
     names += [f"model.language_model.{part}" for part in ("embed_tokens", "norm", "rotary_emb")]
     names += [f"model.language_model.layers.{layer}" for layer in range(5)]
@@ -51,6 +54,11 @@ def test_layers_on_different_places_with_offloading(checkpoint, inputs, expected
     assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
     assert any(weight.is_meta for weight in loaded.parameters())
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=5, do_sample=False), expected)
+    for method in VISION_METHODS:
+        settings = {"vision_method": method, "vision_reuse_layer": 1, "vision_reuse_threshold": 0.5}
+        found, whole = (one.get_video_features(pixels, holitom_config=settings) for one in (loaded, model))
+        assert not whole.computed_patches[0].all()
+        torch.testing.assert_close(found.pooler_output, whole.pooler_output)
 
 
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16])

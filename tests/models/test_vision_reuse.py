@@ -430,3 +430,13 @@ def test_a_plan_follows_the_layers_to_their_device():
     assert plan.to("cpu") is plan
     assert plan.to("meta").slot.device.type == "meta"
     assert plan.to("meta") is plan.to("meta")
+
+
+def test_compiled_layers_give_the_same():
+    tower, settings = random_tower(), HoliTomConfig(vision_reuse_layer=1, vision_reuse_threshold=0.9)
+    pixels = random_video(9, seed=2)
+    _, expected, _ = packed(tower, pixels, [9], settings)
+    for layer in tower.encoder.layers:
+        layer.compile(backend="aot_eager", dynamic=True)
+    _, found, _ = packed(tower, pixels, [9], settings)
+    torch.testing.assert_close(found[-1], expected[-1], atol=5e-6, rtol=1e-4)
