@@ -52,7 +52,7 @@ class MergingView:
         frames: (F, H, W, 3) uint8, as decoded.
         merged: The tokens.
         similarity: (F-1, T) cosine similarity of neighbouring frames' tokens.
-        threshold: Above which they count as the same.
+        threshold: Above which they count as the same; `None`: nothing does.
         question: Which stage 3 was asked; `None` if it did not run.
         survives: (N,) bool, the tokens that it left; `None` if it did not run.
         fold: Whether it folded the others into those.
@@ -63,7 +63,7 @@ class MergingView:
     frames: np.ndarray
     merged: MergedVideo
     similarity: torch.Tensor
-    threshold: float
+    threshold: float | None
     question: str | None = None
     survives: torch.Tensor | None = None
     fold: bool = True
@@ -99,7 +99,8 @@ def merge_frames(
     merged, similarity = merge_tokens(tokens, settings), frame_similarity(tokens.features)
     pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
     computed = encoded.computed_patches[0].cpu().numpy() if settings.has_vision_stage else None
-    view = MergingView("video", pictures, merged, similarity, settings.similarity_threshold, computed=computed)
+    threshold = settings.similarity_threshold if settings.similarity_threshold < 1 else None
+    view = MergingView("video", pictures, merged, similarity, threshold, computed=computed)
     if not (settings.has_inner_stage or settings.needs_question):
         return view
     input_ids = prompt["input_ids"].to(model.device)
