@@ -99,27 +99,23 @@ class LlavaOnevisionVisionMixin:
         feature_layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
         hidden_index, layer = self.importance_layer(feature_layers)
         # No named argument: `generate` gives those to the encoder alone.
-        wanted = kwargs.pop("output_hidden_states", None) or feature_layers
-        wanted = wanted if isinstance(wanted, (list, bool)) else [wanted]
+        shown = kwargs.pop("output_hidden_states", None) or feature_layers
+        shown = shown if isinstance(shown, (list, bool)) else [shown]
         num_leading = int(vision_feature_select_strategy == "default")  # a class before the patches
+        asked = _Asked(feature_layers, hidden_index, shown, return_vision_states, num_leading)
         computed = rows_by_layer = None
         if settings.has_vision_stage:
-            if kwargs.get("output_attentions"):
-                raise ValueError(
-                    "a tower that leaves patches out has no attentions to return: vision_reuse_layer is set"
-                )
-            plan, parts = self._encode_changes(
-                chunks, num_frames, settings, feature_layers, hidden_index, wanted, num_leading, vision_batch_size,
-                return_vision_states, kwargs.get("interpolate_pos_encoding", False),
-            )  # fmt: skip
+            plan, parts = self._encode_changes(chunks, num_frames, settings, asked, vision_batch_size, **kwargs)
             computed = list(plan.is_computed[:, num_leading:].split(num_frames))
             rows_by_layer = list(plan.rows_by_layer.split(num_frames, dim=1))
         else:
-            kwargs |= {
-                "vision_feature_layer": vision_feature_layer,
-                "vision_feature_select_strategy": vision_feature_select_strategy,
-            }
-            parts = self._encode_frames(chunks, feature_layers, hidden_index, wanted, kwargs)
+            parts = self._encode_frames(
+                chunks,
+                asked,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
         features, importance, keys, states, attentions = [], [], [], [], []
         for part in parts:
             features.append(part.features)
@@ -146,27 +142,21 @@ class LlavaOnevisionVisionMixin:
             rows_by_layer=rows_by_layer,
         )
 
-    def _encode_frames(
-        self,
-        chunks: Iterable[torch.Tensor],
-        feature_layers: list[int],
-        hidden_index: int,
-        wanted: bool | list[int],
-        kwargs: dict,
-    ) -> Iterator["_EncodedFrames"]:
+    def _encode_frames(self, chunks: Iterable[torch.Tensor], asked: "_Asked", **kwargs) -> Iterator["_EncodedFrames"]:
         """Frames that all go whole through upstream's `get_video_features`, chunk by chunk."""
         for chunk in chunks:
             outputs = super().get_video_features(
                 chunk[None],
-                output_hidden_states=wanted is True or [*wanted, *feature_layers, hidden_index],
+                output_hidden_states=asked.shown is True
+                or [*asked.shown, *asked.feature_layers, asked.importance_index],
                 return_dict=True,
                 **kwargs,
             )
             yield _EncodedFrames(
                 features=outputs.pooler_output[0, :-1],
-                hidden_states=outputs.hidden_states[hidden_index],
+                hidden_states=outputs.hidden_states[asked.importance_index],
                 slot=None,
-                states=(outputs.last_hidden_state, *_selected(outputs.hidden_states, wanted)),
+                states=(outputs.last_hidden_state, *_selected(outputs.hidden_states, asked.shown)),
                 attentions=outputs.attentions,
             )
 
@@ -175,45 +165,50 @@ class LlavaOnevisionVisionMixin:
         chunks: Iterable[torch.Tensor],
         num_frames: list[int],
         settings: HoliTomConfig,
-        feature_layers: list[int],
-        hidden_index: int,
-        wanted: bool | list[int],
-        num_leading: int,
+        asked: "_Asked",
         frames_at_once: int,
-        return_vision_states: bool,
-        interpolate_pos_encoding: bool,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> tuple[PatchPlan | VisionPlan, Iterator["_EncodedFrames"]]:
         """Frames of which `vision_method` leaves something out, and what is computed."""
+        if output_attentions:
+            raise ValueError("a tower that leaves patches out has no attentions to return: vision_reuse_layer is set")
         tower = self.vision_tower
         if not isinstance(tower, HoliTomSiglipVisionModel):
             raise ValueError(
                 f"vision_reuse_layer needs a SigLIP vision tower, this model's is a {type(tower).__name__}: set None"
             )
         number = len(tower.encoder.layers) + 1
-        layers = [index % number for index in feature_layers]
+        layers = [index % number for index in asked.feature_layers]
         start, last = settings.vision_reuse_layer, max(layers)
         if start >= last:
             raise ValueError(
                 f"vision_reuse_layer is {start}, but features are taken after layer {last} of the vision tower: "
                 f"choose 1 to {last - 1}, or None to compute all patches"
             )
-        shown = [*range(number)] if wanted is True else [index % number for index in wanted]
-        needed = {*layers, hidden_index} | ({*shown, number - 1} if return_vision_states else set())
+        shown = [*range(number)] if asked.shown is True else [index % number for index in asked.shown]
         plan, packed = VISION_ENCODERS[settings.vision_method](
-            tower, chunks, num_frames, settings, needed, frames_at_once, shared_from=min(*layers, hidden_index),
+            tower,
+            chunks,
+            num_frames,
+            settings,
+            {*layers, asked.importance_index} | ({*shown, number - 1} if asked.has_states else set()),
+            frames_at_once,
+            shared_from=min(*layers, asked.importance_index),
             interpolate_pos_encoding=interpolate_pos_encoding,
-        )  # fmt: skip
+        )
 
         def parts():
             for part in packed:
                 projected = self.multi_modal_projector(torch.cat([part.rows[index] for index in layers], dim=-1))
                 states = None
-                if return_vision_states:
+                if asked.has_states:
                     hidden_states = [part.frames(index) if index in shown else None for index in range(number)]
                     states = (tower.post_layernorm(part.frames(number - 1)), *hidden_states)
                 yield _EncodedFrames(
-                    features=self.apply_pooling(projected[part.slot][:, num_leading:]),
-                    hidden_states=part.rows[hidden_index],
+                    features=self.apply_pooling(projected[part.slot][:, asked.num_leading :]),
+                    hidden_states=part.rows[asked.importance_index],
                     slot=part.slot,
                     states=states,
                 )
@@ -236,6 +231,26 @@ class LlavaOnevisionVisionMixin:
         if output_index == 0:
             raise ValueError("vision_feature_layer 0 is the embedding: no attention tells what matters")
         return output_index - 1, layers[output_index - 1]
+
+
+@dataclass
+class _Asked:
+    """
+    What a call wants of the tower.
+
+    Attributes:
+        feature_layers: Hidden states that are projected.
+        importance_index: The one that importance is taken from.
+        shown: Those that are returned, or all.
+        has_states: Whether any are returned.
+        num_leading: Places before the patches.
+    """
+
+    feature_layers: list[int]
+    importance_index: int
+    shown: bool | list[int]
+    has_states: bool
+    num_leading: int
 
 
 @dataclass
