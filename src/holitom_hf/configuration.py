@@ -133,7 +133,7 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
                 "code: install it, or pass a dictionary of fields"
             )
         if name not in presets:
-            raise ValueError(f"There is no HoliTom preset or file {name!r}; presets: {', '.join(presets)}")
+            raise ValueError(f"There is no HoliTom preset or file {name!r}; presets: {', '.join(sorted(presets))}")
         return cls.from_pretrained(presets[name])
 
     @staticmethod

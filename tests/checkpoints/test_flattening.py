@@ -183,7 +183,7 @@ def test_comments_and_what_is_there_to_compare_with_stay_in_the_package():
         assert len(alone) == 1
         assert alone[0].startswith("# From holitom_hf/")
     carried = {name for name, method in METHODS.items() if f"merging_methods_{name}" in modules}
-    assert carried == {name for name, method in METHODS.items() if method.group in ("ours", "published")}
+    assert carried == {"holitom", "farthest_points"}
 
 
 def test_a_control_that_is_not_there_says_where_it_is(monkeypatch):

@@ -153,7 +153,13 @@ class Clip:
         Returns:
             (F, side, side, 3) uint8.
         """
-        masks = self.masks(times, side) if masks is None else masks
+        frames = self.drawn(times, side, self.masks(times, side) if masks is None else masks)
+        if self.noise:
+            frames += np.random.default_rng(self.scenes[0].seed).normal(0, self.noise, frames.shape).astype(np.float32)
+        return frames.clip(0, 255).round().astype(np.uint8)
+
+    def drawn(self, times: np.ndarray, side: int, masks: np.ndarray) -> np.ndarray:
+        """(F, side, side, 3) float32, what [`render`] draws, before noise; not bounded to 0..255."""
         frames = self.backgrounds(times, side)
         for start_x, start_y, stop_x, stop_y in self.specks:
             for frame, time in enumerate(times):
@@ -166,9 +172,7 @@ class Clip:
                 rows, columns = _box(*(self.positions(shape, times[frame : frame + 1])[0] * side), side)
                 alpha = masks[frame, index, rows, columns, None]
                 frames[frame, rows, columns] += alpha * (np.float32(self.rgb(shape)) - frames[frame, rows, columns])
-        if self.noise:
-            frames += np.random.default_rng(self.scenes[0].seed).normal(0, self.noise, frames.shape).astype(np.float32)
-        return frames.clip(0, 255).round().astype(np.uint8)
+        return frames
 
 
 def _box(x: float, y: float, radius: float, side: int) -> tuple[slice, slice]:

@@ -88,13 +88,10 @@ class UnseenClip(Clip):
 
     def render(self, times: np.ndarray, side: int, masks: np.ndarray | None = None) -> np.ndarray:
         """Overrides Clip.render: then it gets dark; the noise is the camera's, so as strong in the dark."""
-        noise, self.noise = self.noise, 0.0
-        try:
-            frames = super().render(times, side, masks) * np.float32(self.light)
-        finally:
-            self.noise = noise
+        masks = self.masks(times, side) if masks is None else masks
+        frames = self.drawn(times, side, masks).clip(0, 255).round() * np.float32(self.light)
         random = np.random.default_rng(self.scenes[0].seed)
-        return (frames + random.normal(0, noise, frames.shape)).clip(0, 255).round().astype(np.uint8)
+        return (frames + random.normal(0, self.noise, frames.shape)).clip(0, 255).round().astype(np.uint8)
 
 
 def _unnamed_texture(scene: Scene, size: int) -> np.ndarray:

@@ -102,7 +102,7 @@ class HoliTomCheckpointMixin:
             )
         if is_local(name):
             name = os.path.abspath(os.path.expanduser(name))
-            logger.warning(f"{save_directory} takes its weights from {name}: only this machine can load it.")
+            logger.warning(f"The checkpoint takes its weights from {name}: only this machine can load it.")
         settings.base_model_name_or_path = name
         try:
             self.config.architectures = [type(self).__name__]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from .methods.farthest_points import farthest_points_flops, merge_farthest_points
 from .methods.holitom import merge_holitom
-from .methods.visionzip import merge_visionzip, visionzip_flops
 from .package import of_package
 
 
@@ -77,7 +76,7 @@ METHODS = {
         flops=_control("question_tokens", "question_tokens_flops"),
     ),
     "fixed_windows": Method(_control("fixed_windows"), "HoliTom over fixed windows", "ablation"),
-    "visionzip": Method(merge_visionzip, "VisionZip", flops=visionzip_flops),
+    "visionzip": Method(_control("visionzip"), "VisionZip", flops=_control("visionzip", "visionzip_flops")),
     "video_farthest_points": Method(
         _control("video_farthest_points"),
         "farthest points of the video",
