@@ -37,13 +37,16 @@ class CompressingModelMixin:
     - [`video_tokens`]: what was encoded, as the method wants it;
     - [`token_slots`]: which of a video's placeholders its tokens take;
     - [`full_positions`], [`renumbered`], [`next_position`]: where tokens stand;
-    - [`decoder_inputs`]: further feature maps on their way to the decoder;
+    - [`image_maps`], [`decoder_inputs`]: further feature maps on their way to the decoder;
     - [`upstream_video`], [`insert_images`], [`media_fields`]: the shapes upstream gives to its own.
     """
 
     output_class: type[CompressedOutput]
     # Hook: whether [`renumbered`] leaves gaps, which transformers would take for several packed rows.
     has_position_gaps = False
+    # Hook: whether positions don't follow from a cache's length. Then calls with videos or images leave a record on
+    # the cache, also where nothing is dropped.
+    records_positions = False
 
     def video_tokens(self, video: BaseModelOutputWithPooling) -> list[VideoTokens]:
         """Hook: the videos of what [`get_video_features`] returns, frame by frame. Every backbone has its own."""
@@ -79,13 +82,17 @@ class CompressingModelMixin:
         last = positions[..., -1:]
         return (last.amax(0) if last.ndim == 3 else last) + 1
 
-    def decoder_inputs(self, maps: list[torch.Tensor], video_mask: torch.Tensor) -> dict:
+    def image_maps(self, image: BaseModelOutputWithPooling) -> list[torch.Tensor]:
+        """Hook: further feature maps of encoded images, each (I, E) in the order of the prompts."""
+        return []
+
+    def decoder_inputs(self, maps: list[torch.Tensor], visual_mask: torch.Tensor) -> dict:
         """
         Hook: the decoder's arguments for further feature maps.
 
         Args:
-            maps: Each (N, E), of the merged tokens in the order of the prompts.
-            video_mask: (B, N) bool, where these tokens stand.
+            maps: Each (N, E), of the merged tokens, and those of images, in the order of the prompts.
+            visual_mask: (B, N) bool, where these tokens stand.
         """
         return {}
 
@@ -138,7 +145,8 @@ class CompressingModelMixin:
             encoders: For each of `"video"` and `"image"` that comes as pixels, its argument and what encodes it.
             settings: Of this call.
             prompt_length: Number of leading positions (P included) that are the prompt; `None`: all.
-            position_inputs: What [`full_positions`] needs beside the mask.
+            position_inputs: What [`full_positions`] needs beside the mask; with `records_positions`, it gets
+                `position_ids`, too.
             decoder_kwargs: For the decoder.
 
         Returns:
@@ -169,10 +177,22 @@ class CompressingModelMixin:
             encoded[kind] = encode()
 
         decoder_kwargs = {CACHE_NAME: cache, "use_cache": use_cache, **decoder_kwargs}
+        positions, record = position_ids, None
+        if self.records_positions and any(outputs is not None for outputs in encoded.values()):
+            tokens = input_ids if input_ids is not None else inputs_embeds
+            before = CompressedSequence.before_call(
+                past, cached_length(cache), attention_mask, batch_size, tokens.device
+            )
+            is_real = before.is_real(attention_mask, num_new)
+            inputs = {"position_ids": position_ids, **(position_inputs or {})}
+            positions = self.full_positions(before.next_position, is_real, **inputs)
+            record = replace(before.including(num_new, attention_mask), next_position=self.next_position(positions))
         if is_plain:
             if encoded.get("video") is not None:
                 encoded["video"] = self.upstream_video(encoded["video"])
-            return super().forward(
+            if position_ids is None and record is not None:
+                position_ids = positions.masked_fill(~is_real, 0)
+            outputs = super().forward(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -181,20 +201,33 @@ class CompressingModelMixin:
                 return_dict=True,
                 **decoder_kwargs,
             )
+            if record is not None and cache_of(outputs) is not None:
+                record.attach(cache_of(outputs))
+            return outputs
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        _, video_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        image_features = None
+        image_mask, video_mask = (mask[..., 0] for mask in self.get_placeholder_mask(input_ids, inputs_embeds))
+        image_features, image_maps = None, []
         if encoded.get("image") is not None:
             inputs_embeds, image_features = self.insert_images(input_ids, inputs_embeds, encoded["image"])
+            image_maps = self.image_maps(encoded["image"])
         fields = self.media_fields(image_features, encoded)
         if encoded.get("video") is None:
-            return self._continue(inputs_embeds, attention_mask, position_ids, past, fields, decoder_kwargs)
+            if image_maps:
+                decoder_kwargs |= self.decoder_inputs(image_maps, image_mask)
+            outputs = self._continue(inputs_embeds, attention_mask, positions, past, fields, decoder_kwargs)
+            if record is not None and cache_of(outputs) is not None:
+                record.attach(cache_of(outputs))
+            return outputs
+        if record is not None:
+            position_ids, position_inputs = None, {"position_ids": positions}
         return self._compress(
             inputs_embeds,
-            video_mask[..., 0],
+            video_mask,
             self.video_tokens(encoded["video"]),
+            image_mask,
+            image_maps,
             attention_mask,
             position_ids,
             past,
@@ -241,7 +274,10 @@ class CompressingModelMixin:
                 stage.is_padded = True
             decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=outer_mask, position_ids=position_ids, **decoder_kwargs
+            inputs_embeds=inputs_embeds,
+            attention_mask=outer_mask,
+            position_ids=self.language_model.rotary_positions(position_ids),
+            **decoder_kwargs,
         )
         return self.output_class(**shared_fields(outputs, self.output_class), **fields)
 
@@ -250,6 +286,8 @@ class CompressingModelMixin:
         inputs_embeds: torch.Tensor,
         video_mask: torch.Tensor,
         videos: list[VideoTokens],
+        image_mask: torch.Tensor,
+        image_maps: list[torch.Tensor],
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past: CompressedSequence | None,
@@ -263,12 +301,8 @@ class CompressingModelMixin:
         batch_size, num_new = inputs_embeds.shape[:2]
         device = inputs_embeds.device
         num_cached = cached_length(decoder_kwargs[CACHE_NAME])
-        if past is None:
-            past = CompressedSequence.uncompressed(num_cached, attention_mask, batch_size, device)
-        past = past.including(num_cached - past.outer_mask.shape[1], attention_mask)
-        is_real = torch.ones_like(video_mask)
-        if attention_mask is not None:
-            is_real = attention_mask[:, past.full_length :].to(is_real)
+        past = CompressedSequence.before_call(past, num_cached, attention_mask, batch_size, device)
+        is_real = past.is_real(attention_mask, num_new)
 
         # Stages 1 and 2.
         num_prompt = num_new if prompt_length is None else prompt_length - past.full_length
@@ -292,9 +326,11 @@ class CompressingModelMixin:
         packed, videos_of_row = prompt.packed, prompt.videos_of_row
         if videos[0].maps:
             maps = zip(*([tokens.apply(map_) for map_ in video.maps] for tokens, video in zip(merged, videos)))
-            decoder_kwargs = decoder_kwargs | self.decoder_inputs(
-                [torch.cat(map_) for map_ in maps], prompt.video_mask
-            )
+            maps, visual_mask = [torch.cat(map_) for map_ in maps], prompt.video_mask
+            if image_maps:
+                packed_images = image_mask.gather(1, packed.index) & packed.mask
+                maps, visual_mask = joined_maps(maps, visual_mask, image_maps, packed_images)
+            decoder_kwargs = decoder_kwargs | self.decoder_inputs(maps, visual_mask)
 
         # Where the tokens that are left stand: by the count of all, less what was dropped.
         full = self.full_positions(past.next_position, is_real, **position_inputs)
@@ -395,6 +431,25 @@ def in_slot_order(
             tokens = tokens[order]
         ordered.append((video, tokens, taken))
     return tuple(map(list, zip(*ordered)))
+
+
+def joined_maps(
+    maps: list[torch.Tensor], mask: torch.Tensor, others: list[torch.Tensor], other_mask: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """
+    Feature maps of two kinds of tokens as one of both.
+
+    Args:
+        maps, others: Each (N, E) and (I, E), in the order of the prompts.
+        mask, other_mask: (B, L) bool, where these tokens stand.
+
+    Returns:
+        The maps, each (N+I, E), and where their tokens stand.
+    """
+    both = mask | other_mask
+    is_first = mask[both]
+    order = torch.cat([is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]]).argsort()
+    return [torch.cat([first, other.to(first)])[order] for first, other in zip(maps, others)], both
 
 
 def with_questions(
