@@ -53,20 +53,22 @@ class QwenPositionsMixin:
             (3, B, L).
 
         Raises:
-            ValueError: If the kinds of tokens are not given.
+            ValueError: If the kinds of tokens are not given, or don't fit the grids.
         """
         if position_ids is not None:
             positions = position_ids.expand(3, -1, -1) if position_ids.ndim == 2 else position_ids[-3:]
             positions = positions.expand(-1, len(is_real), -1)
         else:
             types = self.check_token_types(mm_token_type_ids, is_real.shape[1])
-            positions, _ = self.get_rope_index(
-                types.long(),  # of which upstream takes the shape alone
-                types,
-                image_grid_thw=image_grid_thw,
-                video_grid_thw=video_grid_thw,
-                attention_mask=is_real,
-            )
+            grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+            try:
+                # Of ids upstream takes the shape alone.
+                positions, _ = self.get_rope_index(types.long(), types, attention_mask=is_real, **grids)
+            except (StopIteration, TypeError) as error:
+                raise ValueError(
+                    "mm_token_type_ids have more images or videos than grids were passed: pass image_grid_thw and "
+                    "video_grid_thw of everything that the new tokens hold"
+                ) from error
             positions = positions + start
         return repeated_over_padding(positions, is_real)
 
@@ -117,6 +119,10 @@ class QwenGenerationMixin(HoliTomGenerationMixin):
         is_real = before.is_real(mask, num_new)
         inputs = position_inputs(model_kwargs.get("mm_encoder_outputs"), **{n: model_kwargs.get(n) for n in GRIDS})
         if any(grids is not None for grids in inputs.values()):
+            if model_kwargs.get("pixel_values_videos") is not None:
+                tokens = model_kwargs.get("input_ids", inputs_tensor)
+                is_ids = tokens.ndim == 2 and tokens.shape[1] >= num_new > 0
+                self.check_videos(tokens[:, -num_new:] if is_ids else None, model_kwargs)
             inputs["mm_token_type_ids"] = model_kwargs.get("mm_token_type_ids")
             positions = self.model.full_positions(before.next_position, is_real, **inputs)
         else:
