@@ -36,7 +36,7 @@ class CompressingModelMixin:
 
     - [`video_tokens`]: what was encoded, as the method wants it;
     - [`token_slots`]: which of a video's placeholders its tokens take;
-    - [`full_positions`], [`renumbered`], [`next_position`]: where tokens stand;
+    - [`full_positions`], [`renumbered`], [`next_position`], [`counted`]: where tokens stand;
     - [`decoder_inputs`]: further feature maps on their way to the decoder;
     - [`upstream_video`], [`insert_images`], [`media_fields`]: the shapes upstream gives to its own.
     """
@@ -79,13 +79,40 @@ class CompressingModelMixin:
         last = positions[..., -1:]
         return (last.amax(0) if last.ndim == 3 else last) + 1
 
-    def decoder_inputs(self, maps: list[torch.Tensor], video_mask: torch.Tensor) -> dict:
+    def counted(
+        self,
+        past: CompressedSequence | None,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        position_inputs: dict,
+    ) -> tuple[torch.Tensor | None, CompressedSequence | None]:
+        """
+        Hook: positions of a call with videos or images, and what the cache must remember behind it where nothing is
+        dropped. A backbone whose positions follow from a cache's length needs neither.
+
+        Args:
+            past: The cache's record.
+            tokens: (B, L) or (B, L, D), those of the call.
+            The rest: As [`compressing_forward`] was given.
+        """
+        return position_ids, None
+
+    def decoder_inputs(
+        self,
+        maps: list[torch.Tensor],
+        video_mask: torch.Tensor,
+        image: BaseModelOutputWithPooling | None = None,
+        image_mask: torch.Tensor | None = None,
+    ) -> dict:
         """
         Hook: the decoder's arguments for further feature maps.
 
         Args:
             maps: Each (N, E), of the merged tokens in the order of the prompts.
             video_mask: (B, N) bool, where these tokens stand.
+            image, image_mask: Encoded images and where their tokens stand, where there are any.
         """
         return {}
 
@@ -169,32 +196,48 @@ class CompressingModelMixin:
             encoded[kind] = encode()
 
         decoder_kwargs = {CACHE_NAME: cache, "use_cache": use_cache, **decoder_kwargs}
+        positions, record = position_ids, None
+        if any(outputs is not None for outputs in encoded.values()):
+            tokens = input_ids if input_ids is not None else inputs_embeds
+            positions, record = self.counted(past, cache, attention_mask, tokens, position_ids, position_inputs or {})
         if is_plain:
             if encoded.get("video") is not None:
                 encoded["video"] = self.upstream_video(encoded["video"])
-            return super().forward(
+            outputs = super().forward(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=position_ids if position_ids is not None else positions,
                 mm_encoder_outputs=encoded,
                 return_dict=True,
                 **decoder_kwargs,
             )
+            if record is not None and cache_of(outputs) is not None:
+                record.attach(cache_of(outputs))
+            return outputs
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        _, video_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        image_features = None
-        if encoded.get("image") is not None:
-            inputs_embeds, image_features = self.insert_images(input_ids, inputs_embeds, encoded["image"])
+        image_mask, video_mask = (mask[..., 0] for mask in self.get_placeholder_mask(input_ids, inputs_embeds))
+        image, image_features = encoded.get("image"), None
+        if image is not None:
+            inputs_embeds, image_features = self.insert_images(input_ids, inputs_embeds, image)
         fields = self.media_fields(image_features, encoded)
         if encoded.get("video") is None:
-            return self._continue(inputs_embeds, attention_mask, position_ids, past, fields, decoder_kwargs)
+            if image is not None:
+                decoder_kwargs |= self.decoder_inputs([], torch.zeros_like(image_mask), image, image_mask)
+            outputs = self._continue(inputs_embeds, attention_mask, positions, past, fields, decoder_kwargs)
+            if record is not None and cache_of(outputs) is not None:
+                record.attach(cache_of(outputs))
+            return outputs
+        if record is not None:
+            position_ids, position_inputs = None, {"position_ids": positions}
         return self._compress(
             inputs_embeds,
-            video_mask[..., 0],
+            video_mask,
             self.video_tokens(encoded["video"]),
+            image,
+            image_mask,
             attention_mask,
             position_ids,
             past,
@@ -241,7 +284,10 @@ class CompressingModelMixin:
                 stage.is_padded = True
             decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=outer_mask, position_ids=position_ids, **decoder_kwargs
+            inputs_embeds=inputs_embeds,
+            attention_mask=outer_mask,
+            position_ids=self.language_model.rotary_positions(position_ids),
+            **decoder_kwargs,
         )
         return self.output_class(**shared_fields(outputs, self.output_class), **fields)
 
@@ -250,6 +296,8 @@ class CompressingModelMixin:
         inputs_embeds: torch.Tensor,
         video_mask: torch.Tensor,
         videos: list[VideoTokens],
+        image: BaseModelOutputWithPooling | None,
+        image_mask: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past: CompressedSequence | None,
@@ -263,12 +311,8 @@ class CompressingModelMixin:
         batch_size, num_new = inputs_embeds.shape[:2]
         device = inputs_embeds.device
         num_cached = cached_length(decoder_kwargs[CACHE_NAME])
-        if past is None:
-            past = CompressedSequence.uncompressed(num_cached, attention_mask, batch_size, device)
-        past = past.including(num_cached - past.outer_mask.shape[1], attention_mask)
-        is_real = torch.ones_like(video_mask)
-        if attention_mask is not None:
-            is_real = attention_mask[:, past.full_length :].to(is_real)
+        past = CompressedSequence.before_call(past, num_cached, attention_mask, batch_size, device)
+        is_real = past.is_real(attention_mask, num_new)
 
         # Stages 1 and 2.
         num_prompt = num_new if prompt_length is None else prompt_length - past.full_length
@@ -293,7 +337,10 @@ class CompressingModelMixin:
         if videos[0].maps:
             maps = zip(*([tokens.apply(map_) for map_ in video.maps] for tokens, video in zip(merged, videos)))
             decoder_kwargs = decoder_kwargs | self.decoder_inputs(
-                [torch.cat(map_) for map_ in maps], prompt.video_mask
+                [torch.cat(map_) for map_ in maps],
+                prompt.video_mask,
+                image,
+                image_mask.gather(1, packed.index) & packed.mask,
             )
 
         # Where the tokens that are left stand: by the count of all, less what was dropped.

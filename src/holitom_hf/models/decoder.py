@@ -114,10 +114,12 @@ class HoliTomDecoderMixin:
         return self._deepstack_process(hidden_states, visual_pos_masks, deepstack_visual_embeds[layer_idx])
 
     def rotary_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Position ids (B, N) or (A, B, N) as `rotary_emb` takes them."""
-        if self.num_position_axes > 1 and position_ids.ndim == 2:
+        """Position ids (B, N), (A, B, N) or upstream's (1+A, B, N), text first, as `rotary_emb` takes them."""
+        if self.num_position_axes == 1:
+            return position_ids
+        if position_ids.ndim == 2:
             return position_ids.expand(self.num_position_axes, -1, -1)
-        return position_ids
+        return position_ids[-self.num_position_axes :]
 
     def forward(self, *args, inner_stage: InnerStage | None = None, **kwargs) -> BaseModelOutputWithPast:
         """
@@ -136,6 +138,9 @@ class HoliTomDecoderMixin:
             ValueError: If a layer does not see all positions, or the one that is asked does not.
         """
         if inner_stage is None:
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, dict) and not getattr(self.config, "layer_types", None):
+                kwargs["attention_mask"] = mask["full_attention"]  # upstream takes a dictionary where layers differ
             return super().forward(*args, **kwargs)
         return self._forward_inner(*args, inner_stage=inner_stage, **kwargs)
 

@@ -49,7 +49,7 @@ class HoliTomGenerationMixin:
             num_sequences = len(outputs.sequences)
             for name in ("merged_videos", "inner_keep"):
                 setattr(outputs, name, None)
-                if record is not None:
+                if record is not None and record.merged_videos:
                     of_row = getattr(record, name)  # of every beam, more of them than are returned
                     outputs[name] = [of_row[i * len(of_row) // num_sequences] for i in range(num_sequences)]
         return outputs
@@ -76,7 +76,7 @@ class HoliTomGenerationMixin:
         num_old = seen if inputs_tensor.shape[1] == total else 0
         if model_kwargs.get("pixel_values_videos") is not None:
             is_ids = tokens.ndim == 2 and tokens.shape[1] > 0
-            self.model.check_placeholders(tokens[:, num_old:] if is_ids else None, model_kwargs["pixel_values_videos"])
+            self.check_videos(tokens[:, num_old:] if is_ids else None, model_kwargs)
         kept = {"prompt_length": total} | {
             name: model_kwargs[name]
             for name in ("holitom_config", "prompt_length")
@@ -89,6 +89,10 @@ class HoliTomGenerationMixin:
         encoded = EncodedMedia(model_kwargs.get("mm_encoder_outputs") or {})
         encoded.num_old = num_old
         return model_kwargs | kept | {"mm_encoder_outputs": encoded}
+
+    def check_videos(self, input_ids: torch.Tensor | None, model_kwargs: dict) -> None:
+        """Hook: raises a `ValueError` if a turn's new tokens (B, L) don't fit the videos that it brings."""
+        self.model.check_placeholders(input_ids, model_kwargs["pixel_values_videos"])
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
         """Overrides GenerationMixin: an assistant of another kind is spared the arguments that only we take."""

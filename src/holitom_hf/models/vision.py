@@ -47,24 +47,25 @@ def joined_chunks(chunks: list[tuple[torch.Tensor | None, ...] | None]) -> tuple
     return tuple(None if layer[0] is None else torch.cat(layer) for layer in zip(*chunks))
 
 
-def check_finite(pixels: torch.Tensor, num_frames: list[int]) -> None:
+def check_finite(pixels: torch.Tensor, num_rows: list[int], rows_per_frame: list[int] | None = None) -> None:
     """
     Raises a `ValueError` that names the first frame with a pixel that is not finite.
 
     Args:
-        pixels: (F, ...), the frames of all videos.
-        num_frames: Of every video.
+        pixels: (R, ...), the frames of all videos, or their patches.
+        num_rows: Of every video.
+        rows_per_frame: Of every video; `None`: a row is a frame.
     """
     # A sum is one pass without copies, and finite only if all are; that it is not may be an overflow.
     if torch.compiler.is_compiling() or pixels.flatten(1).sum(1, dtype=torch.float32).isfinite().all():
         return
     is_finite = torch.isfinite(pixels.flatten(1)).all(1)
     if not is_finite.all():
-        frame = int(is_finite.logical_not().nonzero()[0])
-        video = next(v for v in range(len(num_frames)) if frame < sum(num_frames[: v + 1]))
+        row = int(is_finite.logical_not().nonzero()[0])
+        video = next(v for v in range(len(num_rows)) if row < sum(num_rows[: v + 1]))
+        frame = (row - sum(num_rows[:video])) // (rows_per_frame[video] if rows_per_frame else 1)
         raise ValueError(
-            f"video {video} has NaN or infinite pixels in frame {frame - sum(num_frames[:video])}: check how it "
-            "was decoded and normalized"
+            f"video {video} has NaN or infinite pixels in frame {frame}: check how it was decoded and normalized"
         )
 
 
@@ -86,13 +87,13 @@ def frames_at_once(num_frames: int, bytes_per_frame: int, device: torch.device) 
     return -(-num_frames // num_chunks)
 
 
-def chunks_on_device(pixels: torch.Tensor, size: int, device: torch.device) -> Iterator[torch.Tensor]:
+def chunks_on_device(pixels: torch.Tensor, size: int | list[int], device: torch.device) -> Iterator[torch.Tensor]:
     """
     Frames chunk by chunk on the vision tower's device; the next chunk is on its way while one is used.
 
     Args:
-        pixels: (F, C, H, W), anywhere.
-        size: Number of frames in a chunk.
+        pixels: (F, C, H, W), or patches, anywhere.
+        size: Number of frames in a chunk, or of rows in each.
         device: Where they are needed. Offloaded weights lie on no device that counts: frames stay where they are.
     """
     chunks = pixels.split(size)

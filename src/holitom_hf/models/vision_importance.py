@@ -34,15 +34,27 @@ def vision_importance(
     queries, keys = attention.q_proj(normed), attention.k_proj(normed)
     if slot is not None:
         queries, keys = queries[slot], keys[slot]
-    num_frames, num_patches, _ = queries.shape
-    shape = (num_frames, num_patches, attention.num_heads, -1)
-    queries = queries.view(shape).transpose(1, 2).flatten(0, 1)  # (F*H, P, d)
-    keys = keys.view(shape).transpose(1, 2)
+    shape = (*queries.shape[:2], attention.num_heads, -1)
+    queries, keys = queries.view(shape).transpose(1, 2), keys.view(shape).transpose(1, 2)
+    return received_attention(queries, keys, attention.scale), keys.mean(1)
+
+
+def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """
+    Softmax attention averaged over heads and queries, a few heads at a time.
+
+    Args:
+        queries, keys: (F, H, P, d), of F frames that don't see each other.
+        scale: Of the scores.
+
+    Returns:
+        (F, P) float32.
+    """
+    num_frames, _, num_patches, _ = queries.shape
     budget = IMPORTANCE_BYTES.get(queries.device.type, IMPORTANCE_BYTES_ELSEWHERE)
     heads_at_once = max(1, budget // (4 * num_patches**2))
     received = [
-        (torch.bmm(q, k.mT) * attention.scale).softmax(-1, dtype=torch.float32).sum(1)
-        for q, k in zip(queries.split(heads_at_once), keys.flatten(0, 1).split(heads_at_once))
+        (torch.bmm(q, k.mT) * scale).softmax(-1, dtype=torch.float32).sum(1)
+        for q, k in zip(*(values.flatten(0, 1).split(heads_at_once) for values in (queries, keys)))
     ]
-    received = torch.cat(received).view(num_frames, -1, num_patches).mean(1) / num_patches
-    return received, keys.mean(1)
+    return torch.cat(received).view(num_frames, -1, num_patches).mean(1) / num_patches

@@ -81,6 +81,28 @@ class CompressedSequence:
             is_padded=num_cached > 0 and attention_mask is not None,
         )
 
+    @classmethod
+    def before_call(
+        cls,
+        record: CompressedSequence | None,
+        num_cached: int,
+        attention_mask: torch.Tensor | None,
+        batch_size: int,
+        device,
+    ) -> CompressedSequence:
+        """
+        The record of everything that a cache holds before a call.
+
+        Args:
+            record: That of the cache; `None` if nothing in it was compressed.
+            num_cached: How many positions its first layer holds.
+            attention_mask: (B, L) of everything the caller has passed or more; `None` if there is no padding.
+            batch_size, device: Of the call.
+        """
+        if record is None:
+            return cls.uncompressed(num_cached, attention_mask, batch_size, device)
+        return record.including(num_cached - record.outer_mask.shape[1], attention_mask)
+
     def inner_layer_with(self, layer: int | None) -> int | None:
         """
         The layer from which on cache and call are shorter; `None` if all layers have the same length.
@@ -131,6 +153,12 @@ class CompressedSequence:
             next_position=self.next_position + new.sum(1, keepdim=True),
             is_padded=self.is_padded or attention_mask is not None,
         )
+
+    def is_real(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
+        """(B, L) bool, which of the L positions after those of the record are no padding."""
+        if attention_mask is None:
+            return self.outer_mask.new_ones((self.outer_mask.shape[0], num_new))
+        return attention_mask[:, self.full_length :].to(self.outer_mask)
 
     def for_batch(self, batch_size: int) -> CompressedSequence:
         """

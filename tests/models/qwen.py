@@ -1,0 +1,348 @@
+"""Small models of the Qwen-VL families, prompts for them, and the method once more as a plain loop over upstream."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from holitom_hf.merging import merge_video_tokens
+
+from ..reference import plain_inner_merge, plain_merge
+
+
+PAD, VISION_START, VISION_END, IMAGE, VIDEO = 0, 116, 117, 118, 119
+MERGE, PATCH = 2, 4
+QWEN3_VL = {
+    "vision_config": {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": MERGE,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1, 2],
+        "initializer_range": 0.2,
+    },
+    "text_config": {
+        "vocab_size": 120,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "pad_token_id": PAD,
+        "initializer_range": 0.2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    },
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer with Qwen's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["user assistant seconds"], trainer)
+    names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
+    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
+    return Qwen2Tokenizer(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+
+
+def make_processor(processor_class, video_processor_class):
+    """A processor of frames of 32 x 64 pixels or less."""
+    sizes = {"patch_size": PATCH, "merge_size": MERGE}
+    return processor_class(
+        Qwen2VLImageProcessorPil(**sizes, size={"shortest_edge": 64, "longest_edge": 32 * 32}),
+        make_tokenizer(),
+        video_processor_class(
+            **sizes, size={"shortest_edge": 64, "longest_edge": 8 * 16 * 32}, cap_pixels_per_frame=False
+        ),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def config_for(config_class, values: dict, tokenizer, **kwargs):
+    """A configuration whose tokens are a tokenizer's."""
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    text = values["text_config"] | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return config_class(**values | ids | {"text_config": text}, **kwargs)
+
+
+def make_patches(grid: tuple[int, int, int], seed: int, change: float = 0.2) -> torch.Tensor:
+    """(P, C) patches of a video or an image: two scenes that are mostly still, a quarter that changes throughout."""
+    random = torch.Generator().manual_seed(seed)
+    frames, patches = grid[0], grid[1] * grid[2]
+    scenes = torch.randn(2, patches, 3 * 2 * PATCH * PATCH, generator=random)
+    video = torch.stack([scenes[f * 2 // frames] for f in range(frames)])
+    video = video + change * torch.randn(video.shape, generator=random)
+    video[:, : patches // 4] = torch.randn(frames, patches // 4, video.shape[-1], generator=random)
+    return video.flatten(0, 1)
+
+
+def make_prompt(*parts, seed: int = 0) -> torch.Tensor:
+    """(L,) ids: a number stands for that many text tokens, a grid (T, h, w) for a video, one (h, w) for an image."""
+    random = torch.Generator().manual_seed(seed)
+
+    def text(length):
+        return torch.randint(3, 110, (length,), generator=random)
+
+    def visual(token, height, width):
+        placeholders = torch.full((height * width // MERGE**2,), token)
+        return [torch.tensor([VISION_START]), placeholders, torch.tensor([VISION_END])]
+
+    ids = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(text(part))
+        elif len(part) == 2:
+            ids += visual(IMAGE, *part)
+        else:
+            for _ in range(part[0]):
+                ids += [text(2), *visual(VIDEO, *part[1:])]  # as "<1.5 seconds>" before every temporal patch
+    return torch.cat(ids)
+
+
+def token_types(ids: torch.Tensor) -> torch.Tensor:
+    """0 text, 1 image, 2 video, as the processors have it."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+
+
+def inputs_of(rows: list[torch.Tensor], videos=(), images=(), side: str = "left") -> dict:
+    """A batch of prompts with `videos` and `images` as lists of (grid, patches)."""
+    length = max(map(len, rows))
+    ids, mask = torch.full((len(rows), length), PAD), torch.zeros((len(rows), length), dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        place = slice(length - len(prompt), None) if side == "left" else slice(0, len(prompt))
+        ids[row, place], mask[row, place] = prompt, 1
+    inputs = {"input_ids": ids, "mm_token_type_ids": token_types(ids)}
+    if len({len(row) for row in rows}) > 1:
+        inputs["attention_mask"] = mask
+    return inputs | media(videos, images)
+
+
+def media(videos=(), images=()) -> dict:
+    """Arguments for lists of (grid, patches)."""
+    found = {}
+    for kind, (pixels, grids) in (
+        (videos, ("pixel_values_videos", "video_grid_thw")),
+        (images, ("pixel_values", "image_grid_thw")),
+    ):
+        if kind:
+            found[pixels] = torch.cat([patches for _, patches in kind])
+            found[grids] = torch.tensor([grid for grid, _ in kind])
+    return found
+
+
+def video(grid: tuple[int, int, int], seed: int) -> tuple[tuple[int, int, int], torch.Tensor]:
+    return grid, make_patches(grid, seed)
+
+
+def recording_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Eager attention that keeps its matrix on the module."""
+    weights = ((query @ key.mT) * scaling).softmax(-1, dtype=torch.float32)
+    module.recorded = [*getattr(module, "recorded", ()), weights]
+    return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register("recording", recording_attention)
+
+
+@dataclass
+class PlainVideo:
+    """A video after stages 1 and 2: tokens, DeepStack's maps and sizes in the order of the placeholders they take."""
+
+    tokens: torch.Tensor
+    maps: list[torch.Tensor]
+    slots: list[int]
+    sizes: list[int]
+    num_slots: int
+
+
+class PlainQwen:
+    """Upstream's weights on one row at a time without a cache, positions from upstream's `get_rope_index`."""
+
+    def __init__(self, model, upstream_class, config):
+        self.upstream = upstream_class._from_config(config, attn_implementation="eager")
+        self.upstream.load_state_dict(model.state_dict())
+        self.upstream.to(model.dtype).eval()
+        self.config = self.upstream.config
+
+    def importance(self, grid, patches) -> torch.Tensor:
+        """(T, tokens): the last block's attention matrices, averaged over heads, queries and squares of patches."""
+        tower = self.upstream.model.visual
+        own, tower.config._attn_implementation = tower.config._attn_implementation, "recording"
+        attention = tower.blocks[-1].attn
+        attention.recorded = []
+        tower(patches, grid_thw=torch.tensor([grid]))
+        tower.config._attn_implementation = own
+        received = torch.cat([weights.mean((1, 2)) for weights in attention.recorded])  # (T, P)
+        return received.view(grid[0], -1, MERGE**2).mean(-1)
+
+    @torch.no_grad()
+    def encode(self, grid, patches, settings) -> PlainVideo:
+        found = self.upstream.model.get_video_features(patches, torch.tensor([grid]))
+        frames = found.pooler_output[0].unflatten(0, (grid[0], -1))
+        maps = [layer[0] for layer in getattr(found, "deepstack_features", None) or []]
+        if settings.outer_method == "none" or settings.retention_ratio == 1:
+            count = len(found.pooler_output[0])
+            return PlainVideo(found.pooler_output[0], maps, list(range(count)), [1] * count, count)
+        importance = self.importance(grid, patches)
+        tokens, places, sizes = plain_merge(frames, importance, settings)
+        slots = [f * frames.shape[1] + t for f, t in places]
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        # The linear map of the merge is held to plain sums in tests/merging/test_linear_map.py.
+        merged = merge_video_tokens(frames, importance, settings)
+        assert merged.place.tolist() == slots
+        maps = [merged.apply(values.unflatten(0, (grid[0], -1)))[order] for values in maps]
+        return PlainVideo(
+            tokens[order], maps, [slots[i] for i in order], [sizes[i] for i in order], frames[..., 0].numel()
+        )
+
+    @torch.no_grad()
+    def logits(self, ids, encoded, settings, prompt_length=None, videos=(), images=()) -> torch.Tensor:
+        """
+        (L, vocabulary) logits of one row: at a dropped position those of the last token before it that survived.
+
+        `encoded` are its videos after [`encode`], `videos` and `images` their lists of (grid, patches),
+        `prompt_length` one number or one per video.
+        """
+        upstream = self.upstream
+        types = token_types(ids)
+        inputs = media(videos, images)
+        grids = {name: inputs[name] for name in ("video_grid_thw", "image_grid_thw") if name in inputs}
+        positions, _ = upstream.model.get_rope_index(ids[None], types[None], **grids)
+        embeds = upstream.get_input_embeddings()(ids)
+        num_maps = len(encoded[0].maps) if encoded else 0
+        maps = torch.zeros(num_maps, *embeds.shape)
+        if images:
+            found = upstream.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+            embeds[types == 1] = torch.cat(list(found.pooler_output))
+            for layer, features in enumerate(getattr(found, "deepstack_features", None) or []):
+                maps[layer, types == 1] = torch.cat(list(features))
+        owner, sizes, left = [None] * len(ids), [1] * len(ids), []
+        slot = number = 0
+        for place in range(len(ids)):
+            if types[place] != 2:
+                left.append(place)
+                continue
+            if slot in encoded[number].slots:
+                which = encoded[number].slots.index(slot)
+                embeds[place] = encoded[number].tokens[which]
+                for layer in range(num_maps):
+                    maps[layer, place] = encoded[number].maps[layer][which]
+                owner[place] = number
+                sizes[place] = encoded[number].sizes[which] if settings.proportional_attention else 1
+                left.append(place)
+            slot += 1
+            if slot == encoded[number].num_slots:
+                slot, number = 0, number + 1
+
+        places, all_places = left, left
+        decoder = upstream.model.language_model
+        hidden = embeds[left][None]
+        has_inner = settings.inner_method != "none" and settings.inner_merge_layer and settings.inner_merge_ratio > 0
+        weights = {}
+        for index, layer in enumerate(decoder.layers):
+            if has_inner and index == settings.inner_merge_layer:
+                everyone = weights["last"][0].float().mean(0)
+                so_far = list(range(len(places)))
+                ends = prompt_length if isinstance(prompt_length, list) else [prompt_length] * len(encoded)
+                for v, end in enumerate(ends):
+                    last = max(i for i, place in enumerate(all_places) if end is None or place < end)
+                    visual = [i for i, place in enumerate(places) if owner[place] == v]
+                    merged, keep, targets = plain_inner_merge(
+                        hidden[0],
+                        everyone[last][so_far],
+                        visual,
+                        settings.inner_merge_ratio,
+                        settings.inner_method == "merge",
+                    )
+                    if settings.proportional_attention:
+                        for other, target in targets.items():
+                            sizes[places[target]] += sizes[places[other]]
+                    hidden = merged[None]
+                    so_far, places = [so_far[i] for i in keep], [places[i] for i in keep]
+            n = len(places)
+            mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
+            mask = mask + torch.tensor([sizes[place] for place in places]).log()
+            handle = layer.self_attn.register_forward_hook(lambda _, __, out: weights.update(last=out[1]))
+            rotary = decoder.rotary_emb(hidden, positions[:, :, places])
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            handle.remove()
+            if index < num_maps:
+                hidden = hidden + maps[index, places]
+        logits = upstream.lm_head(decoder.norm(hidden))[0]
+        fill = [max((i for i, p in enumerate(places) if p <= place), default=0) for place in range(len(ids))]
+        return logits[fill]
+
+
+def plain_generator(plain: PlainQwen, prompts, videos, settings, prompt_lengths=None, images=None):
+    """
+    Upstream's `generate` over [`PlainQwen`]: every mode of generation without a cache, one row at a time.
+
+    Rows are told apart by how they begin: `prompts` are (L,) ids without padding, `videos` and `images` what each has.
+    """
+    lengths = prompt_lengths or [len(prompt) for prompt in prompts]
+    images = images or [[]] * len(prompts)
+    encoded = [[plain.encode(*video, settings) for video in row] for row in videos]
+
+    class Generator(type(plain.upstream)):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            rows = []
+            for row, ids in enumerate(input_ids):
+                real = ids if attention_mask is None else ids[attention_mask[row].bool()]
+                which = next(i for i, p in enumerate(prompts) if torch.equal(real[: len(p)], p[: len(real)]))
+                logits = plain.logits(real, encoded[which], settings, lengths[which], videos[which], images[which])
+                rows.append(F.pad(logits, (0, 0, len(ids) - len(real), 0)))
+            return CausalLMOutputWithPast(logits=torch.stack(rows))
+
+        def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    generator = Generator._from_config(plain.config).eval()
+    generator.encoded = encoded
+    return generator
