@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -85,6 +87,63 @@ QWEN2_5_VL = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer with Qwen's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["user assistant seconds"], trainer)
+    names = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
+    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
+    return Qwen2Tokenizer(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+
+
+def make_processor(processor_class, video_processor_class):
+    """A processor of frames of 32 x 64 pixels or less."""
+    sizes = {"patch_size": PATCH, "merge_size": MERGE}
+    return processor_class(
+        Qwen2VLImageProcessorPil(**sizes, size={"shortest_edge": 64, "longest_edge": 32 * 32}),
+        make_tokenizer(),
+        video_processor_class(
+            **sizes, size={"shortest_edge": 64, "longest_edge": 8 * 16 * 32}, cap_pixels_per_frame=False
+        ),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def config_for(config_class, values: dict, tokenizer, **kwargs):
+    """A configuration whose tokens are a tokenizer's."""
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    text = values["text_config"] | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return config_class(**values | ids | {"text_config": text}, **kwargs)
 
 
 def make_patches(grid: tuple[int, int, int], seed: int, change: float = 0.2) -> torch.Tensor:

@@ -279,7 +279,7 @@ def features_as_maps(self, video) -> list[VideoTokens]:
     return videos
 
 
-def deepstack(self, maps, video_mask):
+def deepstack(self, maps, video_mask, image=None, image_mask=None):
     return {"visual_pos_masks": video_mask, "deepstack_visual_embeds": maps}
 
 

@@ -117,10 +117,12 @@ def _shorten_docstrings(lines: list[str | None], tree: ast.Module) -> None:
 
 
 def _leave_out_comments(lines: list[str | None], source: str) -> None:
-    """Takes out the lines that hold nothing but a comment: they become `None`."""
+    """Takes out comments; lines that hold nothing else become `None`."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
-            lines[token.start[0] - 1] = None
+        if token.type == tokenize.COMMENT:
+            number = token.start[0] - 1
+            is_alone = not token.line[: token.start[1]].strip()
+            lines[number] = None if is_alone else lines[number].removesuffix(token.string).rstrip()
 
 
 def _check_imports(trees: dict[str, ast.Module]) -> None:

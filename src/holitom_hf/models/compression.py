@@ -36,17 +36,14 @@ class CompressingModelMixin:
 
     - [`video_tokens`]: what was encoded, as the method wants it;
     - [`token_slots`]: which of a video's placeholders its tokens take;
-    - [`full_positions`], [`renumbered`], [`next_position`]: where tokens stand;
-    - [`image_maps`], [`decoder_inputs`]: further feature maps on their way to the decoder;
+    - [`full_positions`], [`renumbered`], [`next_position`], [`counted`]: where tokens stand;
+    - [`decoder_inputs`]: further feature maps on their way to the decoder;
     - [`upstream_video`], [`insert_images`], [`media_fields`]: the shapes upstream gives to its own.
     """
 
     output_class: type[CompressedOutput]
     # Hook: whether [`renumbered`] leaves gaps, which transformers would take for several packed rows.
     has_position_gaps = False
-    # Hook: whether positions don't follow from a cache's length. Then calls with videos or images leave a record on
-    # the cache, also where nothing is dropped.
-    records_positions = False
 
     def video_tokens(self, video: BaseModelOutputWithPooling) -> list[VideoTokens]:
         """Hook: the videos of what [`get_video_features`] returns, frame by frame. Every backbone has its own."""
@@ -82,17 +79,40 @@ class CompressingModelMixin:
         last = positions[..., -1:]
         return (last.amax(0) if last.ndim == 3 else last) + 1
 
-    def image_maps(self, image: BaseModelOutputWithPooling) -> list[torch.Tensor]:
-        """Hook: further feature maps of encoded images, each (I, E) in the order of the prompts."""
-        return []
+    def counted(
+        self,
+        past: CompressedSequence | None,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        position_inputs: dict,
+    ) -> tuple[torch.Tensor | None, CompressedSequence | None]:
+        """
+        Hook: positions of a call with videos or images, and what the cache must remember behind it where nothing is
+        dropped. A backbone whose positions follow from a cache's length needs neither.
 
-    def decoder_inputs(self, maps: list[torch.Tensor], visual_mask: torch.Tensor) -> dict:
+        Args:
+            past: The cache's record.
+            tokens: (B, L) or (B, L, D), those of the call.
+            The rest: As [`compressing_forward`] was given.
+        """
+        return position_ids, None
+
+    def decoder_inputs(
+        self,
+        maps: list[torch.Tensor],
+        video_mask: torch.Tensor,
+        image: BaseModelOutputWithPooling | None = None,
+        image_mask: torch.Tensor | None = None,
+    ) -> dict:
         """
         Hook: the decoder's arguments for further feature maps.
 
         Args:
-            maps: Each (N, E), of the merged tokens, and those of images, in the order of the prompts.
-            visual_mask: (B, N) bool, where these tokens stand.
+            maps: Each (N, E), of the merged tokens in the order of the prompts.
+            video_mask: (B, N) bool, where these tokens stand.
+            image, image_mask: Encoded images and where their tokens stand, where there are any.
         """
         return {}
 
@@ -145,8 +165,7 @@ class CompressingModelMixin:
             encoders: For each of `"video"` and `"image"` that comes as pixels, its argument and what encodes it.
             settings: Of this call.
             prompt_length: Number of leading positions (P included) that are the prompt; `None`: all.
-            position_inputs: What [`full_positions`] needs beside the mask; with `records_positions`, it gets
-                `position_ids`, too.
+            position_inputs: What [`full_positions`] needs beside the mask.
             decoder_kwargs: For the decoder.
 
         Returns:
@@ -178,25 +197,17 @@ class CompressingModelMixin:
 
         decoder_kwargs = {CACHE_NAME: cache, "use_cache": use_cache, **decoder_kwargs}
         positions, record = position_ids, None
-        if self.records_positions and any(outputs is not None for outputs in encoded.values()):
+        if any(outputs is not None for outputs in encoded.values()):
             tokens = input_ids if input_ids is not None else inputs_embeds
-            before = CompressedSequence.before_call(
-                past, cached_length(cache), attention_mask, batch_size, tokens.device
-            )
-            is_real = before.is_real(attention_mask, num_new)
-            inputs = {"position_ids": position_ids, **(position_inputs or {})}
-            positions = self.full_positions(before.next_position, is_real, **inputs)
-            record = replace(before.including(num_new, attention_mask), next_position=self.next_position(positions))
+            positions, record = self.counted(past, cache, attention_mask, tokens, position_ids, position_inputs or {})
         if is_plain:
             if encoded.get("video") is not None:
                 encoded["video"] = self.upstream_video(encoded["video"])
-            if position_ids is None and record is not None:
-                position_ids = positions.masked_fill(~is_real, 0)
             outputs = super().forward(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=position_ids if position_ids is not None else positions,
                 mm_encoder_outputs=encoded,
                 return_dict=True,
                 **decoder_kwargs,
@@ -208,14 +219,13 @@ class CompressingModelMixin:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_mask, video_mask = (mask[..., 0] for mask in self.get_placeholder_mask(input_ids, inputs_embeds))
-        image_features, image_maps = None, []
-        if encoded.get("image") is not None:
-            inputs_embeds, image_features = self.insert_images(input_ids, inputs_embeds, encoded["image"])
-            image_maps = self.image_maps(encoded["image"])
+        image, image_features = encoded.get("image"), None
+        if image is not None:
+            inputs_embeds, image_features = self.insert_images(input_ids, inputs_embeds, image)
         fields = self.media_fields(image_features, encoded)
         if encoded.get("video") is None:
-            if image_maps:
-                decoder_kwargs |= self.decoder_inputs(image_maps, image_mask)
+            if image is not None:
+                decoder_kwargs |= self.decoder_inputs([], torch.zeros_like(image_mask), image, image_mask)
             outputs = self._continue(inputs_embeds, attention_mask, positions, past, fields, decoder_kwargs)
             if record is not None and cache_of(outputs) is not None:
                 record.attach(cache_of(outputs))
@@ -226,8 +236,8 @@ class CompressingModelMixin:
             inputs_embeds,
             video_mask,
             self.video_tokens(encoded["video"]),
+            image,
             image_mask,
-            image_maps,
             attention_mask,
             position_ids,
             past,
@@ -286,8 +296,8 @@ class CompressingModelMixin:
         inputs_embeds: torch.Tensor,
         video_mask: torch.Tensor,
         videos: list[VideoTokens],
+        image: BaseModelOutputWithPooling | None,
         image_mask: torch.Tensor,
-        image_maps: list[torch.Tensor],
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past: CompressedSequence | None,
@@ -326,11 +336,12 @@ class CompressingModelMixin:
         packed, videos_of_row = prompt.packed, prompt.videos_of_row
         if videos[0].maps:
             maps = zip(*([tokens.apply(map_) for map_ in video.maps] for tokens, video in zip(merged, videos)))
-            maps, visual_mask = [torch.cat(map_) for map_ in maps], prompt.video_mask
-            if image_maps:
-                packed_images = image_mask.gather(1, packed.index) & packed.mask
-                maps, visual_mask = joined_maps(maps, visual_mask, image_maps, packed_images)
-            decoder_kwargs = decoder_kwargs | self.decoder_inputs(maps, visual_mask)
+            decoder_kwargs = decoder_kwargs | self.decoder_inputs(
+                [torch.cat(map_) for map_ in maps],
+                prompt.video_mask,
+                image,
+                image_mask.gather(1, packed.index) & packed.mask,
+            )
 
         # Where the tokens that are left stand: by the count of all, less what was dropped.
         full = self.full_positions(past.next_position, is_real, **position_inputs)
@@ -431,25 +442,6 @@ def in_slot_order(
             tokens = tokens[order]
         ordered.append((video, tokens, taken))
     return tuple(map(list, zip(*ordered)))
-
-
-def joined_maps(
-    maps: list[torch.Tensor], mask: torch.Tensor, others: list[torch.Tensor], other_mask: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """
-    Feature maps of two kinds of tokens as one of both.
-
-    Args:
-        maps, others: Each (N, E) and (I, E), in the order of the prompts.
-        mask, other_mask: (B, L) bool, where these tokens stand.
-
-    Returns:
-        The maps, each (N+I, E), and where their tokens stand.
-    """
-    both = mask | other_mask
-    is_first = mask[both]
-    order = torch.cat([is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]]).argsort()
-    return [torch.cat([first, other.to(first)])[order] for first, other in zip(maps, others)], both
 
 
 def with_questions(

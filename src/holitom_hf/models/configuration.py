@@ -55,6 +55,6 @@ class HoliTomConfigMixin:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
-    def tokens_per_frame(self) -> int:
-        """Video tokens of a frame, where the model takes one size of frames."""
-        raise NotImplementedError
+    def tokens_per_frame(self) -> int | None:
+        """Video tokens of a frame; `None` where that follows from the video."""
+        return None

@@ -4,6 +4,7 @@ import os
 from types import GeneratorType
 from typing import Any
 
+import torch
 from transformers import AnyToAnyPipeline
 from transformers.pipelines.any_to_any import Chat
 
@@ -87,14 +88,17 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
     def preprocess(self, inputs=None, **kwargs):
         """Overrides AnyToAnyPipeline.preprocess: videos become a list, which a batch need not pad to one shape."""
         model_inputs = super().preprocess(inputs, **kwargs)
-        if "pixel_values_videos" in model_inputs:
-            model_inputs["pixel_values_videos"] = list(model_inputs["pixel_values_videos"])
+        videos = model_inputs.get("pixel_values_videos")
+        if videos is not None:  # flat patches of several videos are one entry
+            model_inputs["pixel_values_videos"] = [videos] if _is_flat(videos) else list(videos)
         return model_inputs
 
     def _forward(self, model_inputs, generate_kwargs=None):
         videos = model_inputs.get("pixel_values_videos")
         if videos and isinstance(videos[0], (list, tuple)):  # one list for each chat of a batch
-            model_inputs["pixel_values_videos"] = [video for of_chat in videos for video in of_chat]
+            videos = [video for of_chat in videos for video in of_chat]
+        if videos:
+            model_inputs["pixel_values_videos"] = torch.cat(videos) if _is_flat(videos[0]) else videos
         return super()._forward(model_inputs, generate_kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -102,6 +106,11 @@ class VideoTextToTextPipeline(AnyToAnyPipeline):
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
         save_remote_code(save_directory, self.model.config.backbone)
+
+
+def _is_flat(videos: Any) -> bool:
+    """Whether videos are patches (P, C) with their grids beside them."""
+    return isinstance(videos, torch.Tensor) and videos.ndim == 2
 
 
 def _is_chat(item: Any) -> bool:

@@ -20,13 +20,20 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
 
     output_class = QwenModelOutput
 
-    def image_maps(self, image: BaseModelOutputWithPooling) -> list[torch.Tensor]:
-        """Overrides CompressingModelMixin.image_maps: DeepStack's features, of towers that have them."""
-        return [torch.cat(list(layer)) for layer in getattr(image, "deepstack_features", None) or ()]
-
-    def decoder_inputs(self, maps: list[torch.Tensor], visual_mask: torch.Tensor) -> dict:
+    def decoder_inputs(
+        self,
+        maps: list[torch.Tensor],
+        video_mask: torch.Tensor,
+        image: BaseModelOutputWithPooling | None = None,
+        image_mask: torch.Tensor | None = None,
+    ) -> dict:
         """Overrides CompressingModelMixin.decoder_inputs: DeepStack's features, merged as the tokens are."""
-        return {"visual_pos_masks": visual_mask, "deepstack_visual_embeds": maps}
+        image_maps = [torch.cat(list(layer)) for layer in getattr(image, "deepstack_features", None) or ()]
+        if not maps:
+            maps, video_mask = image_maps, image_mask
+        elif image_maps:
+            maps, video_mask = joined_maps(maps, video_mask, image_maps, image_mask)
+        return {"visual_pos_masks": video_mask, "deepstack_visual_embeds": maps} if maps else {}
 
     @takes_cache
     @merge_with_config_defaults
@@ -188,3 +195,22 @@ class QwenHeadMixin(CompressedHeadMixin):
     def get_video_features(self, *args, **kwargs):
         """Overrides upstream's get_video_features: see [`QwenVisionMixin`]."""
         return self.model.get_video_features(*args, **kwargs)
+
+
+def joined_maps(
+    maps: list[torch.Tensor], mask: torch.Tensor, others: list[torch.Tensor], other_mask: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """
+    Feature maps of two kinds of tokens as one of both.
+
+    Args:
+        maps, others: Each (N, E) and (I, E), in the order of the prompts.
+        mask, other_mask: (B, L) bool, where these tokens stand.
+
+    Returns:
+        The maps, each (N+I, E), and where their tokens stand.
+    """
+    both = mask | other_mask
+    is_first = mask[both]
+    order = torch.cat([is_first.nonzero()[:, 0], (~is_first).nonzero()[:, 0]]).argsort()
+    return [torch.cat([first, other.to(first)])[order] for first, other in zip(maps, others)], both

@@ -1,7 +1,10 @@
 """Where tokens of the Qwen-VL families stand: three axes, counted from a cache's record and never from the model."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import Cache
 
 from ...merging.merged_video import MergedVideo
 from ...merging.video_tokens import VideoTokens
@@ -20,8 +23,6 @@ class QwenPositionsMixin:
     the placeholder of the place that it stands for, whatever `position_ids` the settings name. Text goes on behind
     the uncompressed video, whose frames take as many positions as their longer side has tokens, however few are left.
     """
-
-    records_positions = True
 
     def token_slots(self, merged: MergedVideo, video: VideoTokens) -> torch.Tensor:
         """Overrides CompressingModelMixin.token_slots: each its own, so that text between frames stays true."""
@@ -81,6 +82,23 @@ class QwenPositionsMixin:
                 ) from error
             positions = positions + start
         return repeated_over_padding(positions, is_real)
+
+    def counted(
+        self,
+        past: CompressedSequence | None,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        position_inputs: dict,
+    ) -> tuple[torch.Tensor, CompressedSequence]:
+        """Overrides CompressingModelMixin.counted: every call with media leaves its next position on the cache."""
+        batch_size, num_new = tokens.shape[:2]
+        before = CompressedSequence.before_call(past, cached_length(cache), attention_mask, batch_size, tokens.device)
+        is_real = before.is_real(attention_mask, num_new)
+        positions = self.full_positions(before.next_position, is_real, position_ids, **position_inputs)
+        record = replace(before.including(num_new, attention_mask), next_position=self.next_position(positions))
+        return positions.masked_fill(~is_real, 0), record
 
     def check_token_types(self, mm_token_type_ids: torch.Tensor | None, num_new: int) -> torch.Tensor:
         """(B, L) of (B, L) or more columns; raises a `ValueError` if there are fewer, or none."""
