@@ -53,6 +53,40 @@ QWEN3_VL = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+QWEN2_5_VL = {
+    "vision_config": {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": MERGE,
+        "out_hidden_size": 64,
+        "window_size": 2 * MERGE * PATCH,  # of 2 x 2 tokens
+        "fullatt_block_indexes": [1, 3],
+        "tokens_per_second": 2,
+        "initializer_range": 0.2,
+    },
+    "text_config": {
+        "vocab_size": 120,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "initializer_range": 0.15,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+    },
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
 
 
 CHAT_TEMPLATE = (
@@ -123,15 +157,18 @@ def make_patches(grid: tuple[int, int, int], seed: int, change: float = 0.2) -> 
     return video.flatten(0, 1)
 
 
-def make_prompt(*parts, seed: int = 0) -> torch.Tensor:
-    """(L,) ids: a number stands for that many text tokens, a grid (T, h, w) for a video, one (h, w) for an image."""
+def make_prompt(*parts, seed: int = 0, is_timed: bool = True) -> torch.Tensor:
+    """
+    (L,) ids: a number stands for that many text tokens, a grid (T, h, w) for a video, one (h, w) for an image.
+    `is_timed`: each of a video's temporal patches stands apart, with text before it.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def text(length):
         return torch.randint(3, 110, (length,), generator=random)
 
-    def visual(token, height, width):
-        placeholders = torch.full((height * width // MERGE**2,), token)
+    def visual(token, height, width, frames=1):
+        placeholders = torch.full((frames * height * width // MERGE**2,), token)
         return [torch.tensor([VISION_START]), placeholders, torch.tensor([VISION_END])]
 
     ids = []
@@ -140,6 +177,8 @@ def make_prompt(*parts, seed: int = 0) -> torch.Tensor:
             ids.append(text(part))
         elif len(part) == 2:
             ids += visual(IMAGE, *part)
+        elif not is_timed:
+            ids += visual(VIDEO, *part[1:], part[0])
         else:
             for _ in range(part[0]):
                 ids += [text(2), *visual(VIDEO, *part[1:])]  # as "<1.5 seconds>" before every temporal patch
@@ -211,6 +250,10 @@ class PlainQwen:
         self.upstream.to(model.dtype).eval()
         self.config = self.upstream.config
 
+    def position_inputs(self, inputs: dict) -> dict:
+        """Of what [`media`] returns, what `get_rope_index` takes."""
+        return {name: inputs[name] for name in ("video_grid_thw", "image_grid_thw") if name in inputs}
+
     def importance(self, grid, patches) -> torch.Tensor:
         """(T, tokens): the last block's attention matrices, averaged over heads, queries and squares of patches."""
         tower = self.upstream.model.visual
@@ -253,7 +296,7 @@ class PlainQwen:
         upstream = self.upstream
         types = token_types(ids)
         inputs = media(videos, images)
-        grids = {name: inputs[name] for name in ("video_grid_thw", "image_grid_thw") if name in inputs}
+        grids = self.position_inputs(inputs)
         positions, _ = upstream.model.get_rope_index(ids[None], types[None], **grids)
         embeds = upstream.get_input_embeddings()(ids)
         num_maps = len(encoded[0].maps) if encoded else 0

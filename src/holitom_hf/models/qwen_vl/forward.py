@@ -50,6 +50,7 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
         image_grid_thw: torch.LongTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
+        second_per_grid_ts: torch.Tensor | list[float] | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         holitom_config: HoliTomConfig | dict | str | None = None,
@@ -66,6 +67,7 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
             pixel_values_videos, video_grid_thw: (P, C) patches and (V, 3) grids of the videos of this call.
             pixel_values, image_grid_thw: The same of its images.
             mm_token_type_ids: (B, L), what each token is; needed with images and videos.
+            second_per_grid_ts: (V,), how long a temporal patch lasts, for Qwen2.5-VL's time axis; `None`: a second.
             holitom_config: Settings for this call in place of `config.holitom_config`.
             vision_batch_size: Number of temporal patches that go through the vision tower at once; `None`: what the
                 device's memory allows.
@@ -114,7 +116,7 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
             encoders,
             settings,
             prompt_length,
-            position_inputs=grids | {"mm_token_type_ids": mm_token_type_ids},
+            position_inputs=grids | {"mm_token_type_ids": mm_token_type_ids, "second_per_grid_ts": second_per_grid_ts},
             **kwargs,
         )
 
@@ -138,6 +140,7 @@ class QwenHeadMixin(CompressedHeadMixin):
         image_grid_thw: torch.LongTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
+        second_per_grid_ts: torch.Tensor | list[float] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -171,6 +174,7 @@ class QwenHeadMixin(CompressedHeadMixin):
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             mm_token_type_ids=mm_token_type_ids,
+            second_per_grid_ts=second_per_grid_ts,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             holitom_config=holitom_config,

@@ -32,6 +32,13 @@ class QwenPositionsMixin:
         """Overrides CompressingModelMixin.renumbered: coordinates say where in the video a token is."""
         return positions
 
+    def next_position(self, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Overrides CompressingModelMixin.next_position: behind a frame's longer side. Time may run ahead of the text
+        that follows, as Qwen2.5-VL's does.
+        """
+        return positions[1:, :, -1:].amax(0) + 1
+
     def full_positions(
         self,
         start: torch.Tensor,
@@ -40,6 +47,7 @@ class QwenPositionsMixin:
         mm_token_type_ids: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | list[float] | None = None,
     ) -> torch.Tensor:
         """
         Overrides CompressingModelMixin.full_positions: upstream's `get_rope_index` over a call's tokens.
@@ -49,6 +57,7 @@ class QwenPositionsMixin:
             position_ids: (3, B, L), (4, B, L) with those of text first, or (B, L), where a caller has counted.
             mm_token_type_ids: (B, L), or more columns of which the last are meant: 0 text, 1 image, 2 video.
             image_grid_thw, video_grid_thw: (I, 3) and (V, 3), of the images and videos of this call.
+            second_per_grid_ts: (V,), of these videos, where the model has a time axis that needs it.
 
         Returns:
             (3, B, L).
@@ -61,14 +70,15 @@ class QwenPositionsMixin:
             positions = positions.expand(-1, len(is_real), -1)
         else:
             types = self.check_token_types(mm_token_type_ids, is_real.shape[1])
-            grids = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+            media = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
+            media["second_per_grid_ts"] = second_per_grid_ts
             try:
                 # Of ids upstream takes the shape alone.
-                positions, _ = self.get_rope_index(types.long(), types, attention_mask=is_real, **grids)
+                positions, _ = self.get_rope_index(types.long(), types, attention_mask=is_real, **media)
             except (StopIteration, TypeError) as error:
                 raise ValueError(
-                    "mm_token_type_ids have more images or videos than grids were passed: pass image_grid_thw and "
-                    "video_grid_thw of everything that the new tokens hold"
+                    "mm_token_type_ids have more images or videos than grids were passed: pass image_grid_thw, "
+                    "video_grid_thw and second_per_grid_ts of everything that the new tokens hold"
                 ) from error
             positions = positions + start
         return repeated_over_padding(positions, is_real)
@@ -141,7 +151,8 @@ class QwenGenerationMixin(HoliTomGenerationMixin):
                 tokens = model_kwargs.get("input_ids", inputs_tensor)
                 is_ids = tokens.ndim == 2 and tokens.shape[1] >= num_new > 0
                 self.check_videos(tokens[:, -num_new:] if is_ids else None, model_kwargs)
-            inputs["mm_token_type_ids"] = model_kwargs.get("mm_token_type_ids")
+            for name in ("mm_token_type_ids", "second_per_grid_ts"):
+                inputs[name] = model_kwargs.get(name)
             positions = self.model.full_positions(before.next_position, is_real, **inputs)
         else:
             positions = (before.next_position + is_real.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)

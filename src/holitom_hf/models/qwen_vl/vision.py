@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 from transformers.utils.generic import can_return_tuple
-from transformers.vision_utils import get_vision_position_ids
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from ...configuration import HoliTomConfig
 from ...merging.video_tokens import VideoTokens
@@ -117,7 +117,7 @@ class QwenVisionMixin:
 
         Raises:
             ValueError: If pixels are not finite, `vision_batch_size` is below 1, or the settings ask for a tower
-                that leaves patches out.
+                that leaves patches out, or for importance where the last block sees windows alone.
         """
         settings = self.settings_for(holitom_config)
         if settings.has_vision_stage:
@@ -127,6 +127,8 @@ class QwenVisionMixin:
             )
         if vision_batch_size is not None and vision_batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1 or None, got {vision_batch_size}")
+        if settings.needs_importance:
+            check_sees_frame(self.visual)
         grids = [tuple(grid) for grid in video_grid_thw.tolist()]
         num_patches = [frames * height * width for frames, height, width in grids]
         check_finite(pixel_values_videos, num_patches, [height * width for _, height, width in grids])
@@ -215,6 +217,30 @@ def joined_features(
     )
 
 
+def check_sees_frame(tower: nn.Module) -> None:
+    """Raises a `ValueError` if a tower's last block, which importance is asked of, attends within windows alone."""
+    last, whole = len(tower.blocks) - 1, getattr(tower, "fullatt_block_indexes", None)
+    if whole is not None and last not in whole:
+        raise ValueError(
+            f"the vision tower's last block ({last}) attends within windows (fullatt_block_indexes: {list(whole)}), "
+            "so that it does not tell what matters in a frame: choose a method that needs no importance"
+        )
+
+
+def in_reading_order(tower: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    """
+    Hidden states of a tower, (P, D), in the order of the patches that went into it: a tower with windows has them
+    window by window, squares that make a token together.
+    """
+    if not hasattr(tower, "window_size"):
+        return hidden_states
+    window_index, _ = get_vision_window_index(
+        grid_thw, tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
+    )
+    order = window_index.argsort().to(hidden_states.device)
+    return hidden_states.unflatten(0, (-1, tower.spatial_merge_size**2))[order].flatten(0, 1)
+
+
 @torch.no_grad()
 def block_importance(
     tower: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor
@@ -223,11 +249,11 @@ def block_importance(
     What each token receives of the attention of a tower's last block, in every temporal patch.
 
     Softmax attention averaged over heads and queries, of the block's own input, projections and rotary embedding, and
-    over the square of patches that makes a token. A tower with windows must see the whole frame in this block.
+    over the square of patches that makes a token.
 
     Args:
         tower: Of Qwen2.5-VL, Qwen3-VL or a newer one.
-        hidden_states: (P, D), what goes into the block.
+        hidden_states: (P, D), what goes into the block, in the tower's order.
         grid_thw: (V, 3), of the P patches.
 
     Returns:
@@ -238,6 +264,7 @@ def block_importance(
     """
     block, unit = tower.blocks[-1], tower.spatial_merge_size**2
     attention = block.attn
+    hidden_states = in_reading_order(tower, hidden_states, grid_thw)
     rows = attention.qkv(block.norm1(hidden_states)).view(len(hidden_states), 3, attention.num_heads, -1)
     queries, keys = rows[:, 0], rows[:, 1]
     angles = tower.rotary_pos_emb(hidden_states, get_vision_position_ids(grid_thw, tower.spatial_merge_size))
