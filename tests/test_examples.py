@@ -80,6 +80,22 @@ def test_merging_is_measured_with_what_it_needs(tmp_path):
     assert all(float(low) <= float(median) <= float(high) for _, median, low, high in ratios)
 
 
+def test_what_repeats_in_files_is_measured(demo, tmp_path):
+    options = ["--frames", "8", "100000", "--compared-frames", "8", "--layers", "1", "--thresholds", "0.9", "1"]
+    output = run(sys.executable, EXAMPLES / "measure_redundancy.py", demo / "clip.mp4", *options, cwd=tmp_path)
+    shares, features = output.strip().split("\n\n")
+    head, _, *rows = shares.splitlines()
+    assert head == "| file | frames | pixels | layer 1, 0.9 | layer 1, 1 |"
+    [row] = rows
+    pixels, some, everything = map(
+        int, re.fullmatch(r"\| clip.mp4 \| 8 \| (\d+)% \| (\d+)% \| (\d+)% \|", row).groups()
+    )
+    assert 12 <= pixels < 100
+    assert 12 <= some < everything == 100
+    assert features.splitlines()[-2].startswith(f"| clip.mp4 | 1 | 0.9 | {some}% | 0.")
+    assert features.splitlines()[-1] == "| clip.mp4 | 1 | 1 | 100% | 1.0000 | 1.0000 |"
+
+
 def test_the_scripts_name_commands_and_options_that_exist():
     from holitom_hf import HoliTomConfig
 
