@@ -27,7 +27,7 @@ from holitom_hf.apps.visualization import (
 )
 from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.merging.merged_video import TokenKind
-from holitom_hf.merging.outer import merge_video_tokens
+from holitom_hf.merging.tensors import merge_video_tokens
 
 
 NUM_FRAMES, SIDE = 9, 4

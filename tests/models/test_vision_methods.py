@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
 from holitom_hf.merging import frame_merging
 from holitom_hf.merging.bipartite import merges_by_layer
-from holitom_hf.merging.flops import segmentation_flops
+from holitom_hf.merging.products import segmentation_flops
 from holitom_hf.models.operations import importance_flops, packed_tower_flops, projector_flops
 from holitom_hf.models.siglip import HoliTomSiglipVisionModel
 from holitom_hf.models.vision_methods import VISION_ENCODERS

@@ -9,7 +9,7 @@ from transformers import StaticCache
 
 from holitom_hf import HoliTomConfig
 from holitom_hf.merging.inner import merge_hidden_states
-from holitom_hf.merging.outer import merge_video_tokens
+from holitom_hf.merging.tensors import merge_video_tokens
 from holitom_hf.models.upstream import CACHE_NAME, cache_of
 from holitom_hf.sequence.packed_rows import PackedRows
 

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..configuration import HoliTomConfig
-from ..merging.flops import prefill_flops, segmentation_flops, tokens_by_layer
+from ..merging.flops import prefill_flops, tokens_by_layer
 from ..merging.inner import num_inner_kept
+from ..merging.products import segmentation_flops
 from ..merging.registry import METHODS
 from ..merging.video_tokens import VideoTokens
 from ..models.operations import (

@@ -7,8 +7,8 @@ import torch
 from ..configuration import HoliTomConfig
 from ..merging.inner import merge_hidden_states
 from ..merging.merged_video import TokenKind
-from ..merging.outer import merge_video_tokens
 from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
+from ..merging.tensors import merge_video_tokens
 from ..sequence.compaction import compact_prompt
 from .measuring import OperationCounts, Spread, alternate, count_operations, peak_bytes
 from .synthetic import synthetic_features

@@ -7,10 +7,10 @@ The method, in pure tensors: no model, no transformers, nothing of ours outside 
 
 from .inner import merge_hidden_states
 from .merged_video import MergedVideo, TokenKind
-from .outer import merge_video_tokens
 from .registry import METHODS, Method
 from .segmentation import segment_frames
 from .settings import MergingSettings
+from .tensors import merge_video_tokens
 from .video_tokens import VideoTokens
 
 

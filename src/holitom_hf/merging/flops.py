@@ -29,8 +29,3 @@ def tokens_by_layer(num_outer: int, num_inner: int, inner_merge_layer: int | Non
     """Tokens that every decoder layer sees: `num_outer` before the layer of stage 3, `num_inner` from it on."""
     first_inner = num_layers if inner_merge_layer is None else inner_merge_layer
     return [num_outer if layer < first_inner else num_inner for layer in range(num_layers)]
-
-
-def segmentation_flops(num_frames: int, tokens_per_frame: int, dim: int) -> float:
-    """Operations of [`frame_similarity`] where each norm and each product of adjacent tokens is computed once."""
-    return float(2 * dim * tokens_per_frame * (2 * num_frames - 1))

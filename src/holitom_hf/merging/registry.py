@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .methods.farthest_points import farthest_points_flops, merge_farthest_points
+from .methods.farthest_points import merge_farthest_points
 from .methods.holitom import merge_holitom
 from .package import of_package
 
@@ -63,7 +63,7 @@ METHODS = {
         "ours",
         "farthest",
         needs_importance=False,
-        flops=farthest_points_flops,
+        flops=of_package("merging.products", "farthest_points_flops"),
         fields={"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
     ),
     "question_tokens": Method(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..merging.flops import segmentation_flops
+from ..merging.products import segmentation_flops
 from ..merging.vision_methods import REUSE, TOME
 
 

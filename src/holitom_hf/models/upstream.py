@@ -16,11 +16,6 @@ OLD_CACHE_NAME = "past_key_values"
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else OLD_CACHE_NAME
 # Whether outputs keep what the encoders returned, as `image_outputs` and `video_outputs`: since transformers 5.24.
 HAS_ENCODER_OUTPUTS = hasattr(modeling_outputs, "MultimodalModelOutput")
-# What models of text and media return that have no output classes of their own: with these fields since then.
-ModelOutputWithPast, CausalLMOutputWithPast = (
-    getattr(modeling_outputs, f"Multimodal{name}", getattr(modeling_outputs, name))
-    for name in ("BaseModelOutputWithPast", "CausalLMOutputWithPast")
-)
 
 
 def cache_of(outputs: ModelOutput) -> Cache | None:

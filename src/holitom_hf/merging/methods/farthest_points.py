@@ -3,7 +3,6 @@
 import torch
 
 from ..diversity import cosine_similarity, farthest_points
-from ..flops import segmentation_flops
 from ..merged_video import MergedVideo, take_tokens
 from ..segmentation import repeats_first, segment_starts
 from ..spatial import masked_positions
@@ -35,7 +34,7 @@ def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
         over everything at once.
     """
     num_frames, tokens_per_frame, device = video.num_frames, video.tokens_per_frame, video.features.device
-    num_kept, num_looked = _budget(video, config)
+    num_kept, num_looked = token_budget(video, config)
     looked = (2 * torch.arange(num_looked, device=device) + 1) * num_frames // (2 * num_looked)  # (L,)
     features = video.features.detach() if num_looked == num_frames else video.features.detach()[looked]
 
@@ -69,15 +68,7 @@ def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
     return take_tokens(video, chosen, config.retention_ratio, counts_with[nearest])
 
 
-def farthest_points_flops(video: VideoTokens, config) -> float:
-    """Products of [`merge_farthest_points`]: each looked-at frame's tokens with each other, and stage 1's."""
-    _, num_looked = _budget(video, config)
-    tokens, dim = video.tokens_per_frame, video.features.shape[-1]
-    stage_1 = segmentation_flops(num_looked, tokens, dim) if config.similarity_threshold < 1 else 0.0
-    return 2.0 * num_looked * tokens**2 * dim + stage_1
-
-
-def _budget(video: VideoTokens, config) -> tuple[int, int]:
+def token_budget(video: VideoTokens, config) -> tuple[int, int]:
     """How many tokens are kept, and how many frames are looked at."""
     num_frames, tokens_per_frame = video.num_frames, video.tokens_per_frame
     num_kept = max(1, round(num_frames * tokens_per_frame * config.retention_ratio))

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from ..flops import segmentation_flops
 from ..merged_video import MergedVideo, take_tokens
+from ..products import segmentation_flops
 from ..segmentation import repeats_first, segment_starts
 from ..spatial import masked_positions
 from ..video_tokens import VideoTokens

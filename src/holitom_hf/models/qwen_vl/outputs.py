@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import modeling_outputs
 
 from ..outputs import CompressedOutput
-from ..upstream import CausalLMOutputWithPast, ModelOutputWithPast
+
+
+# What models without output classes of their own return: with fields of media since transformers 5.24.
+ModelOutputWithPast, CausalLMOutputWithPast = (
+    getattr(modeling_outputs, f"Multimodal{name}", getattr(modeling_outputs, name))
+    for name in ("BaseModelOutputWithPast", "CausalLMOutputWithPast")
+)
 
 
 @dataclass
