@@ -516,6 +516,7 @@ class TestCompile:
         inputs = request.getfixturevalue(which)
         config = CompileConfig(fullgraph=True, backend="eager")
         config._compile_all_devices = True
+        torch._dynamo.reset()  # of what other tests compiled of the same code
         compiled = type(model)(copy.deepcopy(model.config)).eval()
         compiled.load_state_dict(model.state_dict())
         outputs = compiled.generate(**inputs, **GREEDY, cache_implementation="static", compile_config=config)
