@@ -12,7 +12,7 @@ from holitom_hf import HoliTomConfig
 from holitom_hf.merging.merged_video import TokenKind
 from holitom_hf.models.qwen3_vl.configuration import HoliTomQwen3VLConfig
 from holitom_hf.models.qwen3_vl.modeling import HoliTomQwen3VLForConditionalGeneration
-from holitom_hf.models.upstream import cache_of
+from holitom_hf.models.upstream import CACHE_NAME, cache_of
 
 from .qwen import (
     IMAGE,
@@ -423,9 +423,9 @@ class TestTurns:
         assert model.model.rope_deltas is None
         if settings is OFF:
             cache = DynamicCache()
-            first = upstream.generate(**inputs_of(PROMPTS[:1], VIDEOS[:1]), **GREEDY, past_key_values=cache)
+            first = upstream.generate(**inputs_of(PROMPTS[:1], VIDEOS[:1]), **GREEDY, **{CACHE_NAME: cache})
             second = inputs_of([torch.cat([first[0], questions[0]])])
-            assert torch.equal(upstream.generate(**second, **GREEDY, past_key_values=cache), alone[0])
+            assert torch.equal(upstream.generate(**second, **GREEDY, **{CACHE_NAME: cache}), alone[0])
 
     def test_a_copied_and_repeated_cache(self, model, plain, used):
         prefix = make_prompt(3, GRIDS[0], 2, seed=35)
