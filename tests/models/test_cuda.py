@@ -34,6 +34,12 @@ SETTINGS = {
 GENERATE = {"do_sample": False, "max_new_tokens": 6}
 
 
+@pytest.fixture(autouse=True)
+def _whole_float32(monkeypatch):
+    """Convolutions of a GPU round to TensorFloat-32 unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def to(device: str, inputs: dict) -> dict:
     return {name: value.to(device) for name, value in inputs.items()}
 

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -175,7 +175,7 @@ def count_waits(function: Callable[[], object]) -> int | None:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 @contextlib.contextmanager
@@ -191,14 +191,20 @@ def threads(number: int | None) -> Iterator[None]:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What a measurement has to be reported with."""
-    names = ("holitom-hf", "torch", "transformers", "av")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        **{name: version(name) for name in names},
+        **{name: _version(name) for name in ("holitom-hf", "torch", "transformers", "av")},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"  # run from its sources
 
 
 def _processor() -> str:

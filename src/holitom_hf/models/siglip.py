@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoder, eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
@@ -71,6 +72,13 @@ class HoliTomSiglipEncoder(SiglipEncoder):
         super().__init__(config)
         for layer in self.layers:
             layer.self_attn = HoliTomSiglipAttention(config)
+
+    def forward(self, inputs_embeds: torch.Tensor, *args, **kwargs) -> BaseModelOutput:
+        """
+        Overrides SiglipEncoder.forward: patches lie one behind the other in memory. As they come out of the patch
+        embedding, every sum and norm of every layer would go over them in strides.
+        """
+        return super().forward(inputs_embeds.contiguous(), *args, **kwargs)
 
 
 @dataclass
@@ -160,7 +168,7 @@ class HoliTomSiglipVisionModel(SiglipVisionModel):
         """(F, P, D) hidden states of whole frames by index, of all chunks: those that are wanted and the last one."""
         by_chunk = []
         for pixels in chunks:
-            states = self.embeddings(pixels, **embedding_kwargs)
+            states = self.embeddings(pixels, **embedding_kwargs).contiguous()
             kept = {0: states} if 0 in wanted else {}
             for index, layer in enumerate(self.encoder.layers[:num_layers], 1):
                 states = layer(states, None)

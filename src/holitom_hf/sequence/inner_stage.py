@@ -87,7 +87,7 @@ def merge_inside(
             positions = positions.to(device)
             num_kept = num_inner_kept(len(positions), stage.merge_ratio)
             kept, folded = choose_survivors(importance[row, positions], num_kept)
-            survives[row, positions[folded]] = False
+            survives[row].index_fill_(0, positions[folded], False)
             num_left[row] -= len(folded)
             tokens = hidden_states[row, positions]
             goes_on = (stage.fold or stage.counts_removed) and len(kept) > 0 and len(folded) > 0

@@ -1,9 +1,11 @@
 """From pixels to features: the vision tower of LLaVA-OneVision, with what each token receives of its attention."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -214,6 +216,22 @@ class LlavaOnevisionVisionMixin:
                 )
 
         return plan, parts()
+
+    def apply_pooling(self, image_features: torch.Tensor) -> torch.Tensor:
+        """
+        Overrides LlavaOnevisionModel.apply_pooling: the same numbers without moving the features to where channels
+        come first and back, which torch's interpolation is slow at besides.
+
+        Args:
+            image_features: (f, P, D) patches.
+
+        Returns:
+            (f, T, D) tokens.
+        """
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        frames = image_features.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # channels last, as they lie in memory
+        pooled = F.interpolate(frames, size=(math.ceil(side / 2), math.ceil(side / 2)), mode="bilinear")
+        return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
     def frames_per_chunk(self, num_frames: int) -> int:
         """How many frames the device has the memory for, in chunks of equal size."""
