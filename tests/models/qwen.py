@@ -114,14 +114,14 @@ def make_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def make_processor(processor_class, video_processor_class):
-    """A processor of frames of 32 x 64 pixels or less."""
+def make_processor(processor_class, video_processor_class, most_pixels: int = 8 * 16 * 32):
+    """A processor of small frames: `most_pixels` are a video's for Qwen3-VL, a frame's for Qwen2.5-VL."""
     sizes = {"patch_size": PATCH, "merge_size": MERGE}
     return processor_class(
         Qwen2VLImageProcessorPil(**sizes, size={"shortest_edge": 64, "longest_edge": 32 * 32}),
         make_tokenizer(),
         video_processor_class(
-            **sizes, size={"shortest_edge": 64, "longest_edge": 8 * 16 * 32}, cap_pixels_per_frame=False
+            **sizes, size={"shortest_edge": 64, "longest_edge": most_pixels}, cap_pixels_per_frame=False
         ),
         chat_template=CHAT_TEMPLATE,
     )

@@ -217,8 +217,10 @@ def _check_base(config, base: str, revision: str, checkpoint, hub_kwargs: dict) 
         raise ValueError(
             f"{checkpoint} takes its weights from {base!r}, which is a {found!r} model, not {config.model_type!r}"
         )
+    # Its configuration and not the parts of the file: transformers 4 wrote some decoders' settings beside all others.
+    base_config = type(config).from_dict(values)
     for part in ("text_config", "vision_config"):
-        ours, theirs = getattr(config, part), type(getattr(config, part))(**(values.get(part) or {}))
+        ours, theirs = getattr(config, part), getattr(base_config, part)
         for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
             if getattr(ours, name) != getattr(theirs, name):
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,9 +38,24 @@ class HoliTomVideoProcessorMixin:
 
     @classmethod
     def from_upstream(cls, video_processor: BaseVideoProcessor) -> "HoliTomVideoProcessorMixin":
-        """Takes over a checkpoint's settings."""
-        settings = video_processor.to_dict()
-        return cls(**{n: v for n, v in settings.items() if n not in ("video_processor_type", "auto_map")})
+        """Takes over a checkpoint's settings, see [`from_dict`]."""
+        return cls.from_dict(video_processor.to_dict())
+
+    @classmethod
+    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
+        """
+        Overrides VideoProcessorMixin.from_dict: of settings that upstream wrote, its defaults give way to ours. Its
+        files spell out that nothing is sampled, though nobody may have asked for that.
+        """
+        own = cls.backbone.auto_map()["AutoVideoProcessor"]
+        is_own = (video_processor_dict.get("auto_map") or {}).get("AutoVideoProcessor", "").endswith(own)
+        settings = {
+            name: value
+            for name, value in video_processor_dict.items()
+            if name not in ("video_processor_type", "auto_map")
+            and (is_own or value != getattr(cls.upstream_class, name, None))
+        }
+        return super().from_dict(settings, **kwargs)
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """
@@ -75,7 +90,7 @@ class HoliTomVideoProcessorMixin:
         Args:
             videos: A video or a (nested) list of them; frames pass as they are.
             do_sample_frames: `False` reads every frame.
-            kwargs: `num_frames` or `fps`.
+            kwargs: `num_frames` or `fps`, for images the rate that they were taken at.
 
         Returns:
             A flat list of videos, (F, 3, H, W) uint8 where they were files, and their metadata.
@@ -98,6 +113,7 @@ class HoliTomVideoProcessorMixin:
                         "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`."
                     )
                 frames, found = read_frames(video)
+                found.fps = sampling["fps"] or self.fps  # taken to be sampled already, since images say nothing of it
             elif is_video_file(video):
                 frames, found = read_video(video, indices)
             else:

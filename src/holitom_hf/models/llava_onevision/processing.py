@@ -23,17 +23,6 @@ class HoliTomVideoProcessor(HoliTomVideoProcessorMixin, LlavaOnevisionVideoProce
     num_frames = 32
     do_sample_frames = None
 
-    @classmethod
-    def from_upstream(cls, video_processor: LlavaOnevisionVideoProcessor) -> "HoliTomVideoProcessor":
-        """Overrides HoliTomVideoProcessorMixin.from_upstream: files are sampled, to 32 frames if it says no number."""
-        settings = video_processor.to_dict()
-        for name in ("do_sample_frames", "video_processor_type", "auto_map"):
-            settings.pop(name, None)
-        for name in ("num_frames", "fps"):
-            if settings.get(name) is None:
-                settings.pop(name, None)
-        return cls(**settings)
-
     def sample_frames(
         self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs
     ) -> np.ndarray:
