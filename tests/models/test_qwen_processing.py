@@ -329,8 +329,8 @@ class TestCheckpoints:
         processor = family.make_processor()
         processor.video_processor.do_sample_frames = False
         processor.save_pretrained(tmp_path)
-        loaded = family.ours("Processor").from_pretrained(tmp_path)
-        assert sampled(loaded.video_processor(clips[1], return_metadata=True)) == [list(range(12))]
+        loaded = family.ours("VideoProcessor").from_pretrained(tmp_path)
+        assert sampled(loaded(clips[1], return_metadata=True)) == [list(range(12))]
 
     def test_tied_embeddings(self, family, processor, tmp_path):
         config = config_for(family.ours("Config"), family.values, processor.tokenizer, tie_word_embeddings=True)

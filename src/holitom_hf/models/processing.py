@@ -38,8 +38,9 @@ class HoliTomVideoProcessorMixin:
 
     @classmethod
     def from_upstream(cls, video_processor: BaseVideoProcessor) -> "HoliTomVideoProcessorMixin":
-        """Takes over a checkpoint's settings, see [`from_dict`]."""
-        return cls.from_dict(video_processor.to_dict())
+        """Takes over a checkpoint's settings; upstream's defaults give way to ours, see [`from_dict`]."""
+        # Whoever wrote the file, upstream's class has filled in its defaults.
+        return cls.from_dict(video_processor.to_dict() | {"auto_map": None})
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
