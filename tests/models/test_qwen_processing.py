@@ -500,6 +500,24 @@ class TestQwen25VL:
         return folder
 
     @pytest.mark.parametrize(
+        ("total", "fps", "asked", "number"),
+        [
+            (100, 25.0, {}, 8),
+            (12, 25.0, {}, 4),  # not fewer
+            (3, 25.0, {}, 2),  # pairs
+            (5, 1.0, {}, 4),
+            (299, 30000 / 1001, {}, 18),
+            (1001, 30.0, {}, 66),
+            (100_000, 25.0, {}, 768),  # not more
+            (100, 25.0, {"fps": 1.25}, 4),
+        ],
+    )
+    def test_by_rate_as_many_frames_as_qwens_own_tools_take(self, processor, total, fps, asked, number):
+        """Recorded from `smart_nframes` of qwen-vl-utils 0.0.14, which then takes them evenly, both ends included."""
+        indices = processor.video_processor.sample_frames(VideoMetadata(total, fps=fps), **asked)
+        assert indices.tolist() == [round(i * (total - 1) / (number - 1)) for i in range(number)]
+
+    @pytest.mark.parametrize(
         ("clip", "asked", "seconds"),
         [
             (0, {}, 1.0),  # two frames a second
