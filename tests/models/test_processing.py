@@ -208,5 +208,5 @@ def test_a_checkpoint_keeps_its_number_of_frames(clips, tmp_path):
     tiny_processor(side=32, patch=4, num_frames=6).save_pretrained(tmp_path)
     loaded = HoliTomProcessor.from_pretrained(tmp_path)
     assert loaded.video_processor(clips[0], return_tensors="pt")["pixel_values_videos"].shape[1] == 6
-    silent = HoliTomVideoProcessor.from_upstream(LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32}))
+    silent = HoliTomVideoProcessor.from_dict(LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32}).to_dict())
     assert silent.num_frames == 32

@@ -37,25 +37,16 @@ class HoliTomVideoProcessorMixin:
     fewest_frames = 1
 
     @classmethod
-    def from_upstream(cls, video_processor: BaseVideoProcessor) -> "HoliTomVideoProcessorMixin":
-        """Takes over a checkpoint's settings; upstream's defaults give way to ours, see [`from_dict`]."""
-        # Whoever wrote the file, upstream's class has filled in its defaults.
-        return cls.from_dict(video_processor.to_dict() | {"auto_map": None})
-
-    @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
         """
         Overrides VideoProcessorMixin.from_dict: of settings that upstream wrote, its defaults give way to ours. Its
         files spell out that nothing is sampled, though nobody may have asked for that.
         """
-        own = cls.backbone.auto_map()["AutoVideoProcessor"]
-        is_own = (video_processor_dict.get("auto_map") or {}).get("AutoVideoProcessor", "").endswith(own)
-        settings = {
-            name: value
-            for name, value in video_processor_dict.items()
-            if name not in ("video_processor_type", "auto_map")
-            and (is_own or value != getattr(cls.upstream_class, name, None))
-        }
+        settings = dict(video_processor_dict)
+        if cls.backbone.video_processor not in str(settings.pop("auto_map", None)):
+            settings = {
+                name: value for name, value in settings.items() if value != getattr(cls.upstream_class, name, None)
+            }
         return super().from_dict(settings, **kwargs)
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
@@ -106,7 +97,7 @@ class HoliTomVideoProcessorMixin:
                         "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`."
                     )
                 frames, found = read_frames(video)
-                found.fps = sampling["fps"] or self.fps  # taken to be sampled already, since images say nothing of it
+                found.fps = asked["fps"] or self.fps  # taken to be sampled already, since images say nothing of it
             elif is_video_file(video):
                 frames, found = read_video(video, lambda metadata: self.frames_to_read(metadata, **asked))
             else:
@@ -244,7 +235,9 @@ class HoliTomProcessorMixin:
             pretrained_model_name_or_path = base
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if not isinstance(processor.video_processor, cls.own_video_processor):
-            processor.video_processor = cls.own_video_processor.from_upstream(processor.video_processor)
+            # Whoever wrote the file, upstream's class has filled in its defaults.
+            settings = processor.video_processor.to_dict() | {"auto_map": None}
+            processor.video_processor = cls.own_video_processor.from_dict(settings)
         return processor
 
     def to_dict(self) -> dict:
