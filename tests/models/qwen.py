@@ -5,17 +5,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
+from transformers import (
+    ProcessorMixin,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLVideoProcessor,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from holitom_hf import (
-    HoliTomConfig,
-    HoliTomQwen3VLConfig,
-    HoliTomQwen3VLForConditionalGeneration,
-    HoliTomQwen3VLProcessor,
-    HoliTomQwen3VLVideoProcessor,
-)
+import holitom_hf
+from holitom_hf import HoliTomConfig
 from holitom_hf.merging import merge_video_tokens
 
 from ..reference import plain_inner_merge, plain_merge
@@ -399,13 +404,68 @@ def plain_generator(plain: PlainQwen, prompts, videos, settings, prompt_lengths=
     return generator
 
 
-def save_qwen3_vl(folder) -> None:
-    """A checkpoint of ours with random weights, all stages on."""
-    processor = make_processor(HoliTomQwen3VLProcessor, HoliTomQwen3VLVideoProcessor)
-    torch.manual_seed(0)
-    config = config_for(HoliTomQwen3VLConfig, QWEN3_VL, processor.tokenizer, holitom_config=ON)
-    HoliTomQwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
+@dataclass(frozen=True)
+class Family:
+    """
+    The classes of a family, and small models of it.
+
+    Attributes:
+        name: In the names of our classes.
+        values: Of the configuration.
+        most_pixels: What the `size` of videos allows: all frames together, or each.
+        upstream, upstream_processor, upstream_video_processor: transformers' classes.
+    """
+
+    name: str
+    values: dict
+    most_pixels: int
+    upstream: type
+    upstream_processor: type
+    upstream_video_processor: type
+
+    def ours(self, role: str) -> type:
+        """A class of the package, by the end of its name."""
+        return getattr(holitom_hf, f"HoliTom{self.name}{role}")
+
+    @property
+    def generation(self) -> type:
+        return self.ours("ForConditionalGeneration")
+
+    def make_processor(self) -> ProcessorMixin:
+        return make_processor(self.ours("Processor"), self.ours("VideoProcessor"), self.most_pixels)
+
+    def make_model(self, tokenizer):
+        """With random weights, all stages on."""
+        torch.manual_seed(0)
+        config = config_for(self.ours("Config"), self.values, tokenizer, holitom_config=ON)
+        return self.generation(config).eval()
+
+    def save(self, folder) -> None:
+        """A checkpoint of ours."""
+        processor = self.make_processor()
+        self.make_model(processor.tokenizer).save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    def make_upstream_processor(self) -> ProcessorMixin:
+        return make_processor(self.upstream_processor, self.upstream_video_processor, self.most_pixels)
 
 
-CHECKPOINTS = {"qwen3_vl": save_qwen3_vl}
+FAMILIES = {
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VL",
+        QWEN2_5_VL,
+        16 * 32,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLVideoProcessor,
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VL",
+        QWEN3_VL,
+        8 * 16 * 32,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    ),
+}
+CHECKPOINTS = {name: family.save for name, family in FAMILIES.items()}

@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,85 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    ProcessorMixin,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-    pipeline,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.video_utils import VideoMetadata
 
-import holitom_hf
-from holitom_hf import HoliTomConfig
 from holitom_hf.checkpoints.flattening import flat_package
 from holitom_hf.models.registry import backbone_of, backbones
 
 from ..videos import numbered_frame, write_video
-from .qwen import CHAT_TEMPLATE, MERGE, PATCH, QWEN2_5_VL, QWEN3_VL, config_for, make_processor
+from .qwen import CHAT_TEMPLATE, FAMILIES, MERGE, ON, PATCH, QWEN2_5_VL, Family, config_for
 
 
-ON = HoliTomConfig(retention_ratio=0.3, similarity_threshold=0.3, inner_merge_layer=2)
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
-
-
-@dataclass(frozen=True)
-class Family:
-    """
-    The classes of a family, and small models of it.
-
-    Attributes:
-        name: In the names of our classes.
-        values: Of the configuration.
-        most_pixels: What the `size` of videos allows: all frames together, or each.
-        upstream, upstream_processor, upstream_video_processor: transformers' classes.
-    """
-
-    name: str
-    values: dict
-    most_pixels: int
-    upstream: type
-    upstream_processor: type
-    upstream_video_processor: type
-
-    def ours(self, role: str) -> type:
-        """A class of the package, by the end of its name."""
-        return getattr(holitom_hf, f"HoliTom{self.name}{role}")
-
-    @property
-    def generation(self) -> type:
-        return self.ours("ForConditionalGeneration")
-
-    def make_processor(self) -> ProcessorMixin:
-        return make_processor(self.ours("Processor"), self.ours("VideoProcessor"), self.most_pixels)
-
-    def make_upstream_processor(self) -> ProcessorMixin:
-        return make_processor(self.upstream_processor, self.upstream_video_processor, self.most_pixels)
-
-
-FAMILIES = {
-    "qwen2_5_vl": Family(
-        "Qwen2_5_VL",
-        QWEN2_5_VL,
-        16 * 32,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLVideoProcessor,
-    ),
-    "qwen3_vl": Family(
-        "Qwen3VL",
-        QWEN3_VL,
-        8 * 16 * 32,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    ),
-}
 qwen2_5_vl_only, qwen3_vl_only = (pytest.mark.parametrize("family", [name], indirect=True) for name in FAMILIES)
 
 
@@ -126,9 +57,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(family, processor):
-    torch.manual_seed(0)
-    config = config_for(family.ours("Config"), family.values, processor.tokenizer, holitom_config=ON)
-    return family.generation(config).eval()
+    return family.make_model(processor.tokenizer)
 
 
 @pytest.fixture(scope="module")
