@@ -296,9 +296,11 @@ def plot_merging(
         axes[-1].set_xlabel(
             f"stage 3 keeps what the last token of the prompt attends to; asked: {question}", fontsize=8
         )
-    handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in frame_legend(fates)]
-    went = {"color": "#999999", "marker": "o", "markerfacecolor": "white", "markeredgecolor": "black"}
-    handles.append(Line2D([], [], label="went into", **went))
+    painted = np.stack([of_row for _, of_row in rows if of_row is not None])
+    handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in frame_legend(painted)]
+    if np.isin(fates, MERGED).any():
+        went = {"color": "#999999", "marker": "o", "markerfacecolor": "white", "markeredgecolor": "black"}
+        handles.append(Line2D([], [], label="went into", **went))
     if numbers:
         digits = {"color": "none", "marker": "$12$", "markersize": 8, "markerfacecolor": "black", "markeredgewidth": 0}
         handles.append(Line2D([], [], label=COUNTS_NAME, **digits))
@@ -310,7 +312,7 @@ def plot_merging(
 
 
 def frame_legend(fates: np.ndarray) -> list[tuple[str, str]]:
-    """Colour and name of everything that occurs in frames that are painted by (F, T) fates."""
+    """Colour and name of everything that occurs in frames that are painted by fates."""
     shown = [(COLORS[fate], NAMES[fate]) for fate in KEPT if (fates == fate).any()]
     if np.isin(fates, MERGED).any():
         shown.append((PALE, MERGED_NAME))
@@ -487,7 +489,7 @@ def draw_similarity(
     spans = spans or frame_spans(len(values) + 1)
     between = np.array([stop for _, stop in spans[:-1]]) + 0.5  # frames are counted from 1
     axes.fill_between(between, *np.percentile(values, (10, 90), axis=1), color="#999999", alpha=0.3, label="10-90 %")
-    axes.plot(between, np.median(values, axis=1), color="black", linewidth=1.2, label="median of a frame's tokens")
+    axes.plot(between, np.median(values, axis=1), color="black", linewidth=1.2, label="median of the tokens")
     if threshold is not None:
         axes.axhline(threshold, color="#009E73", linewidth=1, linestyle=":", label=f"threshold {threshold:g}")
     cuts = merged.segments[1:] if len(merged.segments) < len(merged.assignment) else []  # not where nothing was joined
