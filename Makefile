@@ -20,14 +20,15 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m holitom_hf.apps.demo $(DEMO)
 	$(BIN)/holitom-hf answer $(DEMO)/clip.mp4 "$$(cat $(DEMO)/question.txt)"
 
+# One process for every processor.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" \
 		transformers==$(OLDEST_TRANSFORMERS)
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest --numprocesses auto --dist worksteal
 
 # lmms-eval asks for an older PyAV than we do: in this order ours is what is there in the end.
 test-lmms-eval:

@@ -128,6 +128,11 @@ def pad_batch(prompts: list[torch.Tensor], side: str = "left") -> tuple[torch.Te
     return ids, mask
 
 
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # one of several processes, each on a processor of its own
+        torch.set_num_threads(1)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--fuzz-cases", type=int, default=FUZZ_CASES, help="random cases that tests/test_fuzzing.py tries"

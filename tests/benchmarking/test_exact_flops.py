@@ -8,11 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from holitom_hf import HoliTomConfig
-from holitom_hf.benchmarking.architectures import ARCHITECTURES, architecture
+from holitom_hf.benchmarking.architectures import ARCHITECTURES, architecture, qwen_architecture
 from holitom_hf.benchmarking.exact_flops import (
     clustering_flops,
     forward_flops,
-    importance_flops,
     inner_merging_flops,
     plan_video,
     segmentation_flops,
@@ -25,7 +24,14 @@ from holitom_hf.merging.inner import fold_tokens, most_similar
 from holitom_hf.merging.segmentation import compare_by_products
 from holitom_hf.merging.spatial import cluster_tokens
 from holitom_hf.merging.video_tokens import VideoTokens
+from holitom_hf.models.operations import importance_flops
+from holitom_hf.models.qwen2_5_vl.configuration import HoliTomQwen2_5_VLConfig
+from holitom_hf.models.qwen2_5_vl.modeling import HoliTomQwen2_5_VLForConditionalGeneration
+from holitom_hf.models.qwen3_vl.configuration import HoliTomQwen3VLConfig
+from holitom_hf.models.qwen3_vl.modeling import HoliTomQwen3VLForConditionalGeneration
 from holitom_hf.models.vision_importance import vision_importance
+
+from ..models import qwen
 
 
 FRAMES = 3
@@ -148,6 +154,50 @@ def test_farthest_points_in_the_model_have_the_operations_that_torch_counts(game
     expected = forward_flops(model.config, FRAMES, num_text, plan, settings)
     assert expected.own == expected.choosing > 0
     assert counted(lambda: model(**game.inputs(), holitom_config=settings, logits_to_keep=1)) == expected.total
+
+
+QWEN = {
+    "qwen2_5_vl": (HoliTomQwen2_5_VLForConditionalGeneration, HoliTomQwen2_5_VLConfig, qwen.QWEN2_5_VL),
+    "qwen3_vl": (HoliTomQwen3VLForConditionalGeneration, HoliTomQwen3VLConfig, qwen.QWEN3_VL),
+}
+
+
+@pytest.mark.parametrize("method", ["none", "farthest_points", "holitom"])
+@pytest.mark.parametrize("family", QWEN)
+def test_qwens_have_the_operations_that_torch_counts(family, method):
+    """Of 20 x 36 patches, so that windows of Qwen2.5-VL's are cut off at both edges."""
+    if method == "none":
+        settings = HoliTomConfig(outer_method="none", inner_method="none")
+    elif method == "holitom":  # nothing repeats: the numbers that remain are known
+        settings = HoliTomConfig(retention_ratio=0.3, similarity_threshold=1.0, inner_merge_layer=2)
+    else:
+        settings = replace(HoliTomConfig.from_preset("farthest-points-r15"), retention_ratio=0.3)
+    generation, config_class, values = QWEN[family]
+    torch.manual_seed(0)
+    model = generation(config_class(**values, holitom_config=settings)).eval()
+    grid, num_frames = (3, 20, 36), 6
+    prompt = qwen.make_prompt(3, grid, 8, is_timed=family == "qwen3_vl")
+    inputs = qwen.inputs_of([prompt], [qwen.video(grid, 1)])
+    num_video = int((prompt == qwen.VIDEO).sum())
+    plan = plan_video(settings, 3, 180, static_share=0.0, scene_frames=3)
+    expected = forward_flops(model.config, num_frames, len(prompt) - num_video, plan, settings, size=(80, 144))
+    total = counted(lambda: model(**inputs, logits_to_keep=1))
+    # The angles of the decoder's positions are a product, and HoliTom's of three frames have two too many.
+    if method == "holitom":
+        assert total == pytest.approx(expected.total, rel=0.01)
+        assert expected.importance > 0
+    else:
+        assert total == pytest.approx(expected.total, rel=2e-3)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        forward_flops(model.config, num_frames, 9, plan, settings, size=(80, 100))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-7b", 8.29), ("qwen3-vl-8b", 8.77)])
+def test_qwens_have_the_sizes_of_their_names(name, billions):
+    config = qwen_architecture(name)
+    with torch.device("meta"):
+        model = QWEN[config.model_type][0](config)
+    assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -9,11 +9,19 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from holitom_hf import (
+    HoliTomConfig,
+    HoliTomQwen3VLConfig,
+    HoliTomQwen3VLForConditionalGeneration,
+    HoliTomQwen3VLProcessor,
+    HoliTomQwen3VLVideoProcessor,
+)
 from holitom_hf.merging import merge_video_tokens
 
 from ..reference import plain_inner_merge, plain_merge
 
 
+ON = HoliTomConfig(retention_ratio=0.3, similarity_threshold=0.3, inner_merge_layer=2)
 PAD, VISION_START, VISION_END, IMAGE, VIDEO = 0, 116, 117, 118, 119
 MERGE, PATCH = 2, 4
 QWEN3_VL = {
@@ -389,3 +397,15 @@ def plain_generator(plain: PlainQwen, prompts, videos, settings, prompt_lengths=
     generator = Generator._from_config(plain.config).eval()
     generator.encoded = encoded
     return generator
+
+
+def save_qwen3_vl(folder) -> None:
+    """A checkpoint of ours with random weights, all stages on."""
+    processor = make_processor(HoliTomQwen3VLProcessor, HoliTomQwen3VLVideoProcessor)
+    torch.manual_seed(0)
+    config = config_for(HoliTomQwen3VLConfig, QWEN3_VL, processor.tokenizer, holitom_config=ON)
+    HoliTomQwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+CHECKPOINTS = {"qwen3_vl": save_qwen3_vl}

@@ -13,6 +13,7 @@ from ..checkpoints.reading import load_whole
 from ..configuration import HoliTomConfig
 from ..models.registry import backbone_class, backbone_of
 from ..models.upstream import cache_of
+from .prompts import PIXELS, encode_videos, frames_of
 from .savings import cache_bytes, row_savings
 
 
@@ -199,7 +200,7 @@ class Answerer:
             text=text, videos=video, num_frames=num_frames, device=self._preprocessing_device(), return_tensors="pt"
         )
         seconds = {"decode": time.perf_counter() - start}
-        return PreparedQuestion(features, features["pixel_values_videos"].shape[1], seconds=seconds)
+        return PreparedQuestion(features, frames_of(features, self.processor)[0], seconds=seconds)
 
     def _preprocessing_device(self) -> str | None:
         """A GPU resizes and normalizes frames, too; the weights may follow later, so the options tell."""
@@ -210,10 +211,10 @@ class Answerer:
     def encode(self, question: PreparedQuestion) -> None:
         """Sends the frames through the vision tower."""
         start = time.perf_counter()
-        pixels = question.features.pop("pixel_values_videos")
-        self.model.model.check_placeholders(question.features["input_ids"], pixels)
+        self.model.check_videos(question.features["input_ids"], question.features)
+        question.encoded = encode_videos(self.model, question.features)
+        del question.features[PIXELS]
         question.features = question.features.to(self.model.device)
-        question.encoded = self.model.get_video_features(pixels, return_vision_states=False, return_dict=True)
         self._wait()
         question.seconds["encode"] = time.perf_counter() - start
 
@@ -235,7 +236,7 @@ class Answerer:
         """
         start = time.perf_counter()
         stopwatch = _Stopwatch(self.processor.tokenizer, streamer)
-        features = {name: question.features[name] for name in ("input_ids", "attention_mask")}
+        features = question.features
         outputs = self.model.generate(
             **features,
             mm_encoder_outputs={"video": question.encoded},
@@ -255,7 +256,7 @@ class Answerer:
         [savings] = row_savings(
             cache_of(outputs),
             features["attention_mask"],
-            [question.encoded.pooler_output.shape[1]],
+            [sum(map(len, question.encoded.pooler_output))],
             self.model.config.text_config,
         )
         figures = asdict(savings) | {"num_segments": savings.num_segments or question.num_frames}

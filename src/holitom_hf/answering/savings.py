@@ -50,7 +50,8 @@ def row_savings(cache: Cache, attention_mask: torch.Tensor, num_visual: list[int
     record, layer, segments = getattr(cache, "compressed_sequence", None), None, [0] * len(lengths)
     if record is not None:
         outer, inner, layer = record.outer_mask.sum(1).tolist(), record.inner_mask.sum(1).tolist(), record.inner_layer
-        segments = [sum(len(video.segments) for video in videos) for videos in record.merged_videos]
+        if record.merged_videos:  # else it notes positions alone
+            segments = [sum(len(video.segments) for video in videos) for videos in record.merged_videos]
     depth, sizes = text_config.num_hidden_layers, (text_config.hidden_size, text_config.intermediate_size)
     savings = []
     for row, length in enumerate(lengths):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
@@ -34,7 +35,7 @@ class HoliTomLmms(lmms):
         retention_ratio: Replaces that of the settings; 1.0 with `inner_merge_layer` unset is the uncompressed model.
         num_frames: Frames of a video, spread uniformly with both ends; all of a shorter one.
         prompt: "authors" for the conversation of the paper's results (LLaVA-NeXT's qwen_1_5), "chat_template" for
-            the checkpoint's own.
+            the checkpoint's own; `None`: the authors' with LLaVA-OneVision, the checkpoint's with others.
         device: "cuda", "cuda:1", "cpu", or "auto" to spread the layers over all GPUs. Under `accelerate launch` with
             several processes each takes its own GPU.
         dtype: "auto", "float32", "bfloat16" or "float16".
@@ -53,7 +54,7 @@ class HoliTomLmms(lmms):
         preset: str | None = None,
         retention_ratio: float | None = None,
         num_frames: int = 32,
-        prompt: str = "authors",
+        prompt: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
@@ -63,7 +64,7 @@ class HoliTomLmms(lmms):
         super().__init__()
         if kwargs:
             raise ValueError(f"unknown model_args: {', '.join(kwargs)}")
-        if prompt not in ("authors", "chat_template"):
+        if prompt not in (None, "authors", "chat_template"):
             raise ValueError(f"prompt must be authors or chat_template, got {prompt!r}")
         if str(batch_size) == "auto":
             raise ValueError("batch_size must be a number")
@@ -81,6 +82,9 @@ class HoliTomLmms(lmms):
         self.processor = self.answerer.processor
         self.processor.tokenizer.padding_side = "left"
         self.processor.video_processor.num_frames = int(num_frames)
+        if prompt is None:
+            is_authors_model = self.answerer.backbone.model_type == "llava_onevision"
+            prompt = "authors" if is_authors_model else "chat_template"
         self.num_frames, self.prompt, self.batch_size = int(num_frames), prompt, int(batch_size)
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
@@ -126,6 +130,8 @@ class HoliTomLmms(lmms):
             ids = continuation["input_ids"].to(self.device)
             inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "mm_token_type_ids" in inputs:
+                inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, ids.shape[1]))  # text
             with torch.inference_mode():
                 logits = self.answerer.model(**inputs, vision_batch_size=32, prompt_length=prompt_length).logits
             logits = logits[0, prompt_length - 1 : -1].float()
@@ -157,8 +163,9 @@ class HoliTomLmms(lmms):
                 kind, own = "image", [image.convert("RGB") for image in visuals]
             (videos if kind == "video" else images).extend(own)
             texts.append(self._prompt(context, kind, len(own)))
+        sampling = {} if not videos or any(isinstance(video, str) for video in videos) else {"do_sample_frames": False}
         features = self.processor(
-            text=texts, videos=videos or None, images=images or None, padding=True, return_tensors="pt"
+            text=texts, videos=videos or None, images=images or None, padding=True, return_tensors="pt", **sampling
         )
         return dict(features.to(self.device, self.answerer.model.dtype))
 

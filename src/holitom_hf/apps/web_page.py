@@ -174,7 +174,7 @@ class SideBySide:
         def chosen(metadata) -> np.ndarray:
             if metadata.duration > MAX_SECONDS:
                 raise DemoError(f"The video is longer than {MAX_SECONDS // 60} minutes: cut it first.")
-            return self.answerer.processor.video_processor.sample_frames(metadata)
+            return self.answerer.processor.video_processor.frames_to_read(metadata)
 
         try:
             return read_video(video, chosen, VideoLimits())[0]

@@ -1,7 +1,8 @@
-"""The sizes of LLaVA-OneVision by name, so that speed can be measured without weights."""
+"""The sizes of published models by name, so that speed and operations can be told without weights."""
 
 from ..configuration import HoliTomConfig
 from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+from ..models.registry import backbone_class, backbones
 
 
 # Of Qwen2 in the checkpoints llava-hf/llava-onevision-qwen2-*-ov-hf.
@@ -56,6 +57,66 @@ _TINY_SIGLIP = _SIGLIP | {
     "num_attention_heads": 4,
 }
 ARCHITECTURES = tuple(_DECODERS)
+# Of Qwen/Qwen2.5-VL-7B-Instruct and Qwen/Qwen3-VL-8B-Instruct: `model_type`, vision tower, decoder.
+_QWEN = {
+    "qwen2.5-vl-7b": (
+        "qwen2_5_vl",
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "patch_size": 14,
+            "out_hidden_size": 3584,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+        },
+    ),
+    "qwen3-vl-8b": (
+        "qwen3_vl",
+        {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 4096,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        },
+    ),
+}
+QWEN_ARCHITECTURES = tuple(_QWEN)
+
+
+def qwen_architecture(name: str, settings: HoliTomConfig | None = None):
+    """
+    The config of a Qwen-VL model at a published size.
+
+    Args:
+        name: One of `QWEN_ARCHITECTURES`.
+        settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth.
+    """
+    model_type, vision, text = _QWEN[name]
+    settings = settings or HoliTomConfig(inner_merge_layer=round(18 / 28 * text["num_hidden_layers"]))
+    config = backbone_class(backbones()[model_type], "config")
+    return config(vision_config=vision, text_config=text, holitom_config=settings)
 
 
 def architecture(name: str, settings: HoliTomConfig | None = None) -> HoliTomLlavaOnevisionConfig:

@@ -18,15 +18,8 @@ from ..merging.inner import num_inner_kept
 from ..merging.products import segmentation_flops
 from ..merging.registry import METHODS
 from ..merging.video_tokens import VideoTokens
-from ..models.operations import (
-    decoder_flops,
-    importance_flops,
-    inner_merging_flops,
-    output_layer_flops,
-    packed_tower_flops,
-    projector_flops,
-    vision_tower_flops,
-)
+from ..models.operations import EncoderOperations, decoder_flops, inner_merging_flops, output_layer_flops
+from ..models.registry import encoder_operations
 
 
 @dataclass
@@ -71,17 +64,15 @@ def clustering_flops(num_tokens: Sequence[int], num_clusters: Sequence[int], dim
     return float(sum(2 * dim * n * (n + m) for n, m in zip(num_tokens, num_clusters) if m))
 
 
-def choosing_flops(config, num_frames: int, tokens_per_frame: int, num_text: int, settings) -> float:
+def choosing_flops(config, video: EncoderOperations, num_text: int, settings) -> float:
     """Operations of the method that the settings name, where the registry has them; HoliTom's follow from a plan."""
     flops = METHODS[settings.outer_method].flops if settings.has_outer_stage else None
     if flops is None:
         return 0.0
-    vision, dim = config.vision_config, config.text_config.hidden_size
+    dim = config.text_config.hidden_size
     sizes = VideoTokens(
-        torch.empty(num_frames, tokens_per_frame, dim, device="meta"),
-        keys=torch.empty(
-            num_frames, tokens_per_frame, vision.hidden_size // vision.num_attention_heads, device="meta"
-        ),
+        torch.empty(video.num_frames, video.tokens_per_frame, dim, device="meta"),
+        keys=torch.empty(video.num_frames, video.tokens_per_frame, video.key_dim, device="meta"),
         question=torch.empty(num_text, dim, device="meta"),
     )
     return flops(sizes, settings)
@@ -128,34 +119,32 @@ def plan_video(
     return VideoPlan(sum(num_clusters) + dynamic, num_static, num_clusters)
 
 
-def computed_rows(vision_config, num_frames: int, first_layer: int, computed_share: float) -> torch.Tensor:
-    """(L, F) rows of every layer and frame of a tower that computes a share of the patches after its first layers."""
-    num_patches = (vision_config.image_size // vision_config.patch_size) ** 2
-    rows = torch.full((vision_config.num_hidden_layers, num_frames), num_patches)
-    rows[first_layer:] = round(computed_share * num_patches)
-    return rows
-
-
 def forward_flops(
-    config, num_frames: int, num_text: int, plan: VideoPlan, settings=None, computed_share: float = 1.0
+    config,
+    num_frames: int,
+    num_text: int,
+    plan: VideoPlan,
+    settings=None,
+    computed_share: float = 1.0,
+    size: tuple[int, int] | None = None,
 ) -> ForwardFlops:
     """
     Operations of a prompt with one video, up to its first token. What other methods' dropped tokens count with under
     `proportional_attention` is not among them, nor are the products of HoliTom's ablations.
 
     Args:
-        config: [`HoliTomLlavaOnevisionConfig`].
-        num_frames: F.
-        num_text: Tokens of the prompt beside the video's (its newline is added here).
+        config: Of a backbone.
+        num_frames: Of the video.
+        num_text: Tokens of the prompt beside the video's (a newline is added here where the model has one).
         plan: From [`plan_video`], or as a video turned out.
         settings: [`HoliTomConfig`]; default: the config's.
         computed_share: Of the patches that the vision tower computes after `vision_reuse_layer`, where that is set.
+        size: Height and width of frames in pixels, where the backbone takes several; default: its usual one.
     """
     settings = settings or config.holitom_config
-    text = config.text_config
-    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
+    text, video = config.text_config, encoder_operations(config, num_frames, size, settings, computed_share)
     clusters_videos = settings.has_outer_stage and settings.outer_method == "holitom"
-    num_video = plan.num_tokens + 1
+    num_video = plan.num_tokens + video.num_newlines
     inner_layer, num_kept = None, num_video
     if settings.has_inner_stage:
         inner_layer, num_kept = settings.inner_merge_layer, num_inner_kept(num_video, settings.inner_merge_ratio)
@@ -164,19 +153,15 @@ def forward_flops(
     if inner_layer is not None:
         videos = [(num_kept, num_video - num_kept)]
         inner = inner_merging_flops(text, num_video + num_text, videos, settings.inner_method == "merge")
-    vision, num_rows = config.vision_config, None
-    tower = vision_tower_flops(vision, num_frames)
-    if settings.has_vision_stage:
-        rows = computed_rows(vision, num_frames, settings.vision_reuse_layer, computed_share)
-        num_rows = int(rows[-1].sum())
-        tower = packed_tower_flops(vision, rows, settings.vision_method)
     return ForwardFlops(
-        vision_tower=tower,
-        projector=projector_flops(config, num_frames, num_rows),
-        importance=importance_flops(vision, num_frames, num_rows) if settings.needs_importance else 0.0,
-        segmentation=segmentation_flops(num_frames, side**2, text.hidden_size) if clusters_videos else 0.0,
+        vision_tower=video.vision_tower,
+        projector=video.projector,
+        importance=video.importance if settings.needs_importance else 0.0,
+        segmentation=segmentation_flops(video.num_frames, video.tokens_per_frame, text.hidden_size)
+        if clusters_videos
+        else 0.0,
         clustering=clustering_flops(plan.num_static, plan.num_clusters, text.hidden_size),
-        choosing=choosing_flops(config, num_frames, side**2, num_text, settings),
+        choosing=choosing_flops(config, video, num_text, settings),
         decoder=decoder_flops(text, layers),
         inner_merging=inner,
         output_layer=output_layer_flops(text),
@@ -184,16 +169,20 @@ def forward_flops(
 
 
 def compare_flops(
-    config, num_frames: int, num_text: int, static_share: float = 0.6, computed_share: float = 0.35
+    config,
+    num_frames: int,
+    num_text: int,
+    static_share: float = 0.6,
+    computed_share: float = 0.35,
+    size: tuple[int, int] | None = None,
 ) -> tuple[ForwardFlops, ForwardFlops, tuple[float, float]]:
     """
     Operations without and with a config's compression.
 
     Args:
-        config: [`HoliTomLlavaOnevisionConfig`].
-        num_frames, num_text: As in [`forward_flops`].
-        static_share: As in [`plan_video`].
-        computed_share: As in [`forward_flops`].
+        config: Of a backbone.
+        num_frames, num_text, computed_share, size: As in [`forward_flops`].
+        static_share: As in [`plan_video`], over scenes of 8 frames.
 
     Returns:
         Exact without, exact with, and both by the paper's formula: the decoder's, for the video's tokens alone, of
@@ -201,13 +190,13 @@ def compare_flops(
     """
     settings, text = config.holitom_config, config.text_config
     nothing = HoliTomConfig(outer_method="none", inner_method="none")
-    tokens_per_frame = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2) ** 2
-    sizes = num_frames, tokens_per_frame
-    exact = [
-        forward_flops(config, num_frames, num_text, plan_video(chosen, *sizes, static_share), chosen, computed_share)
-        for chosen in (nothing, settings)
-    ]
-    total, depth = num_frames * tokens_per_frame, text.num_hidden_layers
+    video = encoder_operations(config, num_frames, size, nothing)
+    scene_frames = max(1, round(8 * video.num_frames / num_frames))
+    exact = []
+    for chosen in (nothing, settings):
+        plan = plan_video(chosen, video.num_frames, video.tokens_per_frame, static_share, scene_frames)
+        exact.append(forward_flops(config, num_frames, num_text, plan, chosen, computed_share, size))
+    total, depth = video.num_frames * video.tokens_per_frame, text.num_hidden_layers
     outer = inner = total * (settings.retention_ratio if settings.has_outer_stage else 1)
     layer = settings.inner_merge_layer if settings.has_inner_stage else None
     if layer is not None:

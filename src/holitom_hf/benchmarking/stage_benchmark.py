@@ -7,6 +7,7 @@ import torch
 from ..configuration import HoliTomConfig
 from ..merging.inner import merge_hidden_states
 from ..merging.merged_video import TokenKind
+from ..merging.patches import plan_patches
 from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
 from ..merging.tensors import merge_video_tokens
 from ..sequence.compaction import compact_prompt
@@ -14,7 +15,8 @@ from .measuring import OperationCounts, Spread, alternate, count_operations, pea
 from .synthetic import synthetic_features
 
 
-STAGES = ("similarity", "segmentation", "stages 1+2", "compaction", "stage 3")
+STAGES = ("similarity", "segmentation", "stages 1+2", "compaction", "stage 3", "patch plan")
+PATCHES_PER_FRAME, PATCH_DIM = 729, 1152  # of SigLIP, as LLaVA-OneVision has it
 
 
 @dataclass
@@ -26,7 +28,8 @@ class StageResult:
         num_frames, tokens_per_frame, dim: Of the features.
         retention_ratio, static_share, batch_size: What was asked for.
         num_tokens: Tokens that stages 1 and 2 left of a video.
-        seconds: By stage. `segmentation` holds `similarity`, `stages 1+2` both.
+        seconds: By stage. `segmentation` holds `similarity`, `stages 1+2` both; `patch plan` is what the vision tower
+            decides before it leaves patches out.
         least_bytes, least_operations: By stage, what no implementation can do without: each input read and each
             output written once.
         floor: By stage, seconds that the machine needs for them, whichever takes longer.
@@ -95,8 +98,8 @@ def run_stage_benchmark(
 
     Args:
         settings: `retention_ratio`, `similarity_threshold` and so on.
-        num_frames, tokens_per_frame, dim: F, T and D.
-        static_share: Share of the tokens that repeat.
+        num_frames, tokens_per_frame, dim: F, T and D. Patches in the vision tower are SigLIP's.
+        static_share: Share of the tokens and patches that repeat.
         batch_size: Videos, one after another as in a batch of prompts.
         device, dtype: Of the features.
         rounds: How often each stage is measured.
@@ -112,6 +115,11 @@ def run_stage_benchmark(
     is_video = torch.ones(prompt.shape[:2], dtype=torch.bool, device=device)
     hidden = merged.embeddings[None]
     asked = torch.rand(merged.num_tokens, device=device, generator=random)
+
+    patches = synthetic_features(
+        num_frames, PATCHES_PER_FRAME, PATCH_DIM, static_share, seed=1, device=device, dtype=dtype
+    )
+    planned = settings.overlaid({"vision_reuse_threshold": 0.8})  # those that repeat are alike to 0.9
 
     def similarity():
         return frame_similarity(features)
@@ -130,7 +138,16 @@ def run_stage_benchmark(
     def inner():
         return merge_hidden_states(hidden, asked, 0, merged.num_tokens, settings.inner_merge_ratio)
 
-    single = {"similarity": similarity, "segmentation": segmentation, "stages 1+2": merging, "stage 3": inner}
+    def patch_plan():
+        return plan_patches(patches, [num_frames], planned)
+
+    single = {
+        "similarity": similarity,
+        "segmentation": segmentation,
+        "stages 1+2": merging,
+        "stage 3": inner,
+        "patch plan": patch_plan,
+    }
 
     def repeated(function):
         return lambda: [function() for _ in range(batch_size)]
@@ -174,6 +191,7 @@ def _least_work(features: torch.Tensor, merged, settings: HoliTomConfig) -> tupl
     # Static tokens are read a second time: which they are is not known before all are compared.
     averaged = sum(size * length for size, (_, length) in zip(sizes, segments))
     kept = round(num_outputs * (1 - settings.inner_merge_ratio))
+    patch_values = PATCHES_PER_FRAME * PATCH_DIM
     comparing = 2 * dim * tokens_per_frame * (2 * num_frames - 1)
     clustering = sum(n * n + 2 * n * m for n, m in zip(sizes, clusters)) * dim  # distances are symmetric
     least_bytes = {
@@ -182,6 +200,7 @@ def _least_work(features: torch.Tensor, merged, settings: HoliTomConfig) -> tupl
         "stages 1+2": (num_inputs + averaged + 2 * num_outputs) * token_bytes,
         "compaction": 2 * num_outputs * token_bytes,
         "stage 3": (num_outputs + kept) * token_bytes,
+        "patch plan": (2 * num_frames - 1) * patch_values * features.element_size(),  # the later frames once more
     }
     least_operations = {
         "similarity": comparing,
@@ -189,5 +208,6 @@ def _least_work(features: torch.Tensor, merged, settings: HoliTomConfig) -> tupl
         "stages 1+2": comparing + averaged * dim + clustering,
         "compaction": 0,
         "stage 3": 2 * kept * (num_outputs - kept) * dim,
+        "patch plan": 2 * patch_values * (3 * num_frames - 2),  # norms, products with the frame before and the first
     }
     return least_bytes, least_operations

@@ -1,16 +1,39 @@
 """
-Operations of the parts of a forward pass of LLaVA-OneVision with a SigLIP tower and a Qwen2 decoder.
+Operations of the parts of a forward pass: a SigLIP tower, and a decoder of Llama's and Qwen's shape. What stands
+before the decoder is each backbone's own: `encoder_operations` in its folder's `operations.py`.
 
 A multiplication and an addition count as two, as torch's `FlopCounterMode` has it, and like there only matrix products
 and convolutions count.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..merging.products import segmentation_flops
 from ..merging.vision_methods import REUSE, TOME
+
+
+@dataclass
+class EncoderOperations:
+    """
+    What a backbone makes of a video before the decoder.
+
+    Attributes:
+        num_frames, tokens_per_frame: F and T, as the method sees them.
+        num_newlines: Tokens that the model adds to them.
+        key_dim: Of an attention head of the tower.
+        vision_tower, projector, importance: Operations.
+    """
+
+    num_frames: int
+    tokens_per_frame: int
+    num_newlines: int
+    key_dim: int
+    vision_tower: float
+    projector: float
+    importance: float
 
 
 def vision_tower_flops(vision_config, num_frames: int) -> float:

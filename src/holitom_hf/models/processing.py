@@ -81,15 +81,7 @@ class HoliTomVideoProcessorMixin:
             A flat list of videos, (F, 3, H, W) uint8 where they were files, and their metadata.
         """
         do_sample_frames = self.do_sample_frames if do_sample_frames is None else do_sample_frames
-        sampling = {name: kwargs.get(name) for name in ("num_frames", "fps")}
-
-        def indices(metadata: VideoMetadata) -> np.ndarray:
-            if do_sample_frames is False:
-                taken = np.arange(metadata.total_num_frames)
-            else:
-                taken = self.sample_frames(metadata, **sampling)
-            return np.pad(taken, (0, max(0, self.fewest_frames - len(taken))), mode="edge")
-
+        asked = {"do_sample_frames": do_sample_frames} | {name: kwargs.get(name) for name in ("num_frames", "fps")}
         decoded, metadata = [], []
         for video in _flat(videos):
             if _is_image_files(video):
@@ -99,13 +91,30 @@ class HoliTomVideoProcessorMixin:
                     )
                 frames, found = read_frames(video)
             elif is_video_file(video):
-                frames, found = read_video(video, indices)
+                frames, found = read_video(video, lambda metadata: self.frames_to_read(metadata, **asked))
             else:
                 frames = video
                 found = VideoMetadata(total_num_frames=len(video), frames_indices=list(range(len(video))))
             decoded.append(frames)
             metadata.append(found)
         return decoded, metadata
+
+    def frames_to_read(
+        self, metadata: VideoMetadata, do_sample_frames: bool | None = None, **sampling: float | None
+    ) -> np.ndarray:
+        """
+        Ascending indices of a file's frames: those of `sample_frames`, at least as many as the model needs.
+
+        Args:
+            metadata: Of the file.
+            do_sample_frames: `False` takes every frame.
+            sampling: `num_frames` or `fps`.
+        """
+        if do_sample_frames is False:
+            taken = np.arange(metadata.total_num_frames)
+        else:
+            taken = self.sample_frames(metadata, **sampling)
+        return np.pad(taken, (0, max(0, self.fewest_frames - len(taken))), mode="edge")
 
     def asked_frames(self, metadata: VideoMetadata, num_frames: int | None, fps: float | None) -> int | None:
         """

@@ -30,6 +30,12 @@ def backbone_class(backbone: Backbone, role: str) -> type:
     return getattr(module, getattr(backbone, role))
 
 
+def encoder_operations(config, *args, **kwargs):
+    """A backbone's own `encoder_operations`, by its configuration."""
+    module = importlib.import_module(f".{config.model_type}.operations", __package__)
+    return module.encoder_operations(config, *args, **kwargs)
+
+
 def backbone_of(checkpoint: str, **kwargs) -> Backbone:
     """
     The backbone of a checkpoint, ours or upstream's.

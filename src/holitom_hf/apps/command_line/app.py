@@ -96,12 +96,12 @@ def answer(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    Console().print(_summary(result))
+    Console().print(_summary(result, has_newline=hasattr(answerer.model.model, "image_newline")))
     if model == BUNDLED_NAME:
         console.print(BUNDLED_ABOUT, style="dim")
 
 
-def _summary(result) -> Table:
+def _summary(result, has_newline: bool) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
@@ -114,7 +114,8 @@ def _summary(result) -> Table:
     tokens = f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder"
     if result.inner_merge_layer is not None:
         tokens += f" -> {result.visual_tokens_inner} from layer {result.inner_merge_layer} on"
-    table.add_row("visual tokens", f"{tokens} (the newline after the video is one of them)")
+    note = " (the newline after the video is one of them)" if has_newline else ""
+    table.add_row("visual tokens", tokens + note)
     table.add_row("prefill FLOPs", f"{result.flops_share:.1%} of the uncompressed decoder's (the paper's formula)")
     seconds = result.seconds
     table.add_row(

@@ -27,6 +27,7 @@ from .options import (
 
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
+QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b")
 # Options of drawn sets.
 Split = Annotated[
     str,
@@ -118,11 +119,18 @@ def evaluate(
 @app.command()
 def flops(
     model: Annotated[
-        str, typer.Option(help="0.5b, 7b, 72b, tiny, bundled, or a folder or Hub repository (its config).")
+        str,
+        typer.Option(help=f"{', '.join(SIZES + QWEN_SIZES)}, bundled, or a folder or Hub repository (its config)."),
     ] = "7b",
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of the video.")] = 32,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            help="Height and width of frames in pixels, for models that take several; default: 14 x 14 tokens."
+        ),
+    ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt beside the video's.")] = 34,
     redundancy: Redundancy = 0.6,
     computed: Annotated[
@@ -131,10 +139,10 @@ def flops(
 ) -> None:
     """Operations of a prompt up to its first token: by the paper's formula, and exactly."""
     with one_line_errors():
-        name, hub = (model, {}) if model in SIZES else find_model(model)
+        name, hub = (model, {}) if model in (*SIZES, *QWEN_SIZES) else find_model(model)
         settings = settings_of(preset, retention_ratio)
         quiet()
-        from ...benchmarking.architectures import architecture
+        from ...benchmarking.architectures import architecture, qwen_architecture
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
         from ...merging.registry import METHODS
@@ -142,13 +150,15 @@ def flops(
 
         if model in SIZES:
             config = architecture(model, settings)
+        elif model in QWEN_SIZES:
+            config = qwen_architecture(model, settings)
         else:
             options = {} if settings is None else {"holitom_config": settings}
             config = backbone_class(backbone_of(name, **hub), "config").from_pretrained(name, **options, **hub)
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio
         config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
-        print(flops_table(*compare_flops(config, frames, text_tokens, redundancy, computed)))
+        print(flops_table(*compare_flops(config, frames, text_tokens, redundancy, computed, size)))
         print(
             f"\n{frames} frames, {text_tokens} tokens of text, R = {config.holitom_config.retention_ratio:.0%}. The "
             "paper's formula counts a multiplication and its addition\nas one operation, the exact rows as two, as "

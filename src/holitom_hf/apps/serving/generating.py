@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import GenerateManager
 from transformers.utils import logging
 
+from ...answering.prompts import PIXELS, encode_videos
 from ...answering.savings import row_savings
 from ...models.upstream import cache_of
 from .work import Work
@@ -74,19 +75,15 @@ class Generation:
         finally:
             self.finished.set_result(None)
 
-    def _generate(
-        self, input_ids, attention_mask, generation_config, pixel_values_videos=None, **kwargs
-    ) -> torch.Tensor:
+    def _generate(self, input_ids, attention_mask, generation_config, **kwargs) -> torch.Tensor:
         if self.seed is not None:
             torch.manual_seed(self.seed)
         start = time.monotonic()
-        if pixel_values_videos is not None and "pixel_values" not in kwargs:
-            kwargs["mm_encoder_outputs"] = {
-                "video": self.model.get_video_features(pixel_values_videos, return_dict=True)
-            }
+        if kwargs.get(PIXELS) is not None and "pixel_values" not in kwargs:
+            self.model.check_videos(input_ids, kwargs)
+            kwargs["mm_encoder_outputs"] = {"video": encode_videos(self.model, kwargs)}
+            del kwargs[PIXELS]
             self.work.note("encode", start)
-        elif pixel_values_videos is not None:
-            kwargs["pixel_values_videos"] = pixel_values_videos
         check(self.work)
         start, progress = time.monotonic(), _Progress(self.work)
         generation_config.return_dict_in_generate = True

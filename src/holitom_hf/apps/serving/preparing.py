@@ -97,7 +97,7 @@ class Preparer:
 
     def _sample(self, video, asked: ChatRequest):
         num_frames = asked.chat_template_kwargs.num_frames or self.num_frames
-        return self.processor.video_processor.sample_frames(video, num_frames=num_frames)
+        return self.processor.video_processor.frames_to_read(video, num_frames=num_frames)
 
     def _picture(self, file: BinaryIO) -> Image.Image:
         try:

@@ -1,0 +1,63 @@
+"""What a processor made of prompts, on its way to the model, whichever backbone it is for."""
+
+import torch
+import torch.nn.functional as F
+from transformers import BatchFeature
+
+
+# What a vision tower takes of a prompt's videos; a model with flat patches has their grids beside them.
+PIXELS, GRIDS = "pixel_values_videos", "video_grid_thw"
+# Of every token of a prompt, padded with zeros.
+PER_TOKEN = ("mm_token_type_ids",)
+
+
+def frames_of(features: BatchFeature, processor) -> list[int]:
+    """
+    How many frames every video has.
+
+    Args:
+        features: What the processor made of prompts with videos.
+        processor: Which one.
+    """
+    if GRIDS in features:  # of temporal patches
+        return (torch.as_tensor(features[GRIDS])[:, 0] * processor.video_processor.temporal_patch_size).tolist()
+    return [len(frames) for frames in features[PIXELS]]
+
+
+def encode_videos(model, features: BatchFeature, **kwargs):
+    """
+    The videos of prompts after the vision tower, as `generate` takes them in `mm_encoder_outputs`.
+
+    Args:
+        model: With a head.
+        features: What its processor made of the prompts. Their pixels may be on the host.
+        kwargs: For `get_video_features`.
+    """
+    grids = {GRIDS: features[GRIDS]} if GRIDS in features else {}
+    return model.get_video_features(features[PIXELS], **grids, return_vision_states=False, return_dict=True, **kwargs)
+
+
+def joined_prompts(rows: list[BatchFeature], tokenizer) -> BatchFeature:
+    """
+    Prompts that were processed one by one, as one batch that is padded on the left.
+
+    Args:
+        rows: Of one prompt each, with videos.
+        tokenizer: The processor's.
+
+    Returns:
+        As the processor of the backbone returns it for several prompts; the pixels of videos that are not flat
+        patches as a list.
+    """
+    ids = [row["input_ids"][0].tolist() for row in rows]
+    features = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    length = features["input_ids"].shape[1]
+    for name in rows[0].keys() - {"input_ids", "attention_mask"}:
+        values = [row[name] for row in rows]
+        if name in PER_TOKEN:
+            features[name] = torch.cat([F.pad(value, (length - value.shape[1], 0)) for value in values])
+        elif (name == PIXELS and GRIDS not in rows[0]) or not isinstance(values[0], torch.Tensor):
+            features[name] = [video for row in values for video in row]
+        else:
+            features[name] = torch.cat(values)
+    return BatchFeature(dict(features))

@@ -1,0 +1,113 @@
+"""Every door of the command line with every backbone: from a file to the answer that the model's own call gives."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from holitom_hf.answering.answerer import Answerer
+from holitom_hf.apps.command_line.app import app
+
+from ..models.qwen import CHECKPOINTS
+from ..videos import write_video
+from .test_serving import CHAT, Served, chat, data_url, request
+
+
+QUESTIONS = ["What?", "And what happens in this one here?"]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    CHECKPOINTS[request.param](folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return [write_video(folder / f"{number}.mp4", number, size=(96, 64)) for number in (100, 31)]
+
+
+@pytest.fixture(scope="module")
+def answerer(folder):
+    answerer = Answerer(str(folder), device="cpu")
+    answerer.load_model()
+    return answerer
+
+
+@pytest.fixture(scope="module")
+def expected(answerer, clips) -> list[tuple[str, int, int]]:
+    """Texts, frames and video tokens from the processor and `generate`, called as a user would."""
+    found = []
+    for clip, question in zip(clips, QUESTIONS):
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        text = answerer.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = answerer.processor(text=text, videos=str(clip), num_frames=6, return_tensors="pt")
+        tokens = answerer.model.generate(**inputs, do_sample=False, max_new_tokens=5)
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        grid = inputs["video_grid_thw"][0].tolist()
+        answer = answerer.processor.decode(new, skip_special_tokens=True).strip()
+        found.append((answer, 2 * grid[0], grid[0] * grid[1] * grid[2] // 4))
+    return found
+
+
+def run(*arguments):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.stdout + result.stderr
+    return result
+
+
+def test_answer(folder, clips, expected):
+    options = ["--model", folder, "--frames", 6, "--max-new-tokens", 5]
+    answer = json.loads(run("answer", clips[0], QUESTIONS[0], *options, "--json").stdout)
+    assert (answer["text"], answer["num_frames"], answer["visual_tokens_before"]) == expected[0]
+    assert answer["visual_tokens_inner"] < answer["visual_tokens_outer"] < answer["visual_tokens_before"]
+    summary = run("answer", clips[0], QUESTIONS[0], *options).stdout
+    assert "newline" not in summary
+    assert f"{answer['visual_tokens_before']} -> {answer['visual_tokens_outer']} before the decoder" in summary
+
+
+def test_a_prompt_that_does_not_fit_is_told_before_anything_is_computed(answerer, clips, monkeypatch):
+    prepared = answerer.prepare(str(clips[0]), QUESTIONS[0], num_frames=6)
+    prepared.features["input_ids"] = prepared.features["input_ids"][:, :-20]
+    monkeypatch.setattr(type(answerer.model.model.visual), "forward", None)
+    with pytest.raises(ValueError, match="placeholders"):
+        answerer.encode(prepared)
+
+
+def test_batch(folder, clips, expected, tmp_path):
+    lines = [
+        {"id": str(row), "video": str(clip), "question": question}
+        for row, (clip, question) in enumerate(zip(clips, QUESTIONS))
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", folder, "--frames", 6, "--max-new-tokens", 5, "--batch-size", 2, "--workers", 0]
+    run("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", *options)
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(r["answer"], r["num_frames"], r["tokens_before"]) for r in records] == expected
+    assert all(record["tokens_after_stage_3"] < record["tokens_before"] for record in records)
+
+
+def test_the_server(answerer, clips, expected):
+    with Served(answerer, clips[0].parent, num_frames=6) as port:
+        for clip, question, (text, _, _) in zip(clips, QUESTIONS, expected):
+            status, reply, _ = request(port, CHAT, chat(data_url(clip.read_bytes()), question, max_tokens=5))
+            assert status == 200, reply
+            assert json.loads(reply)["choices"][0]["message"]["content"].strip() == text
+        both = chat(data_url(clips[0].read_bytes()), QUESTIONS[0], max_tokens=5)
+        both["messages"][0]["content"] += chat(data_url(clips[1].read_bytes()), "Which?")["messages"][0]["content"]
+        status, reply, _ = request(port, CHAT, both)
+        assert status == 200, reply
+
+
+@torch.inference_mode()
+def test_settings_of_one_answer(answerer, clips):
+    prepared = answerer.prepare(str(clips[0]), QUESTIONS[0], num_frames=6)
+    answerer.encode(prepared)
+    plain = answerer.generate(prepared, 3, settings={"outer_method": "none", "inner_method": "none"})
+    assert plain.visual_tokens_inner == plain.visual_tokens_before
+    assert answerer.generate(prepared, 3).visual_tokens_outer < plain.visual_tokens_before
