@@ -16,6 +16,7 @@ from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
 from ..answering.answerer import Answerer
+from ..answering.prompts import PIXELS, encode_videos
 from ..configuration import HoliTomConfig
 from ..merging.merged_video import MergedVideo
 from ..merging.outer import merge_tokens
@@ -50,7 +51,6 @@ MAX_SIDE = 384  # pixels of a frame in a picture or a page
 VIDEO_SIDE = 448  # pixels of a frame's shorter side in a video
 VIDEO_FPS = 2
 MIN_DIGIT_PIXELS, MAX_DIGIT_PIXELS = 9, 16
-MEDIA = ("pixel_values_videos", "video_grid_thw")  # what the vision tower takes; the second where grids differ
 QUESTION = "What happens in the video?"  # what stage 3 keeps depends on it
 
 
@@ -133,8 +133,8 @@ def merge_frames(
         )
     model = answerer.model
     features = _model_inputs(answerer, frames, question, metadata)
-    media = {name: features.pop(name) for name in MEDIA if name in features}
-    encoded = model.get_video_features(**media, holitom_config=settings, return_vision_states=False, return_dict=True)
+    encoded = encode_videos(model, features, holitom_config=settings)
+    del features[PIXELS]
     [tokens] = model.model.video_tokens(encoded)
     threshold = settings.similarity_threshold if settings.similarity_threshold < 1 else None
     computed = getattr(encoded, "computed_patches", None)
@@ -179,15 +179,13 @@ def _model_inputs(
 ) -> BatchFeature:
     """What the processor makes of frames that are all to be taken, and a question, on the model's device."""
     processor, content = answerer.processor, [{"type": "video"}, {"type": "text", "text": question}]
-    features = processor(
+    return processor(
         text=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
         videos=frames,
         video_metadata=None if metadata is None else [metadata],
         do_sample_frames=False,
         return_tensors="pt",
     ).to(answerer.model.device)
-    features["pixel_values_videos"] = features["pixel_values_videos"].to(answerer.model.dtype)
-    return features
 
 
 def view_merging(
