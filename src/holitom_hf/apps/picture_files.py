@@ -22,6 +22,7 @@ from ..merging.merged_video import MergedVideo
 from ..merging.outer import merge_tokens
 from ..merging.registry import METHODS
 from ..merging.segmentation import frame_similarity
+from ..merging.video_tokens import VideoTokens
 from ..video.encoding import write_video
 from .visualization import (
     COLORS,
@@ -61,7 +62,7 @@ class MergingView:
 
     Attributes:
         name: Of the video.
-        frames: (N, H, W, 3) uint8, as decoded.
+        frames: (M, H, W, 3) uint8, as decoded.
         merged: The tokens, of F frames or temporal patches of several.
         grid: Rows and columns of the tokens of one of the F.
         similarity: (F-1, T) cosine similarity of neighbouring frames' tokens.
@@ -70,7 +71,7 @@ class MergingView:
         survives: (N,) bool, the tokens that it left; `None` if it did not run.
         fold: Whether it folded the others into those.
         computed: (F, P) bool, the patches that the vision tower computed in its later layers; `None`: all.
-        temporal_patch_size: How many of the N frames are one of the F, of which the first is shown.
+        temporal_patch_size: How many of the M frames are one of the F; the first of them is shown.
         method: What merged before the decoder.
         counts: Whether tokens count for as many as they stand for.
     """
@@ -96,7 +97,7 @@ class MergingView:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Which of the N frames each of the F is."""
+        """Which of the M frames each of the F is."""
         return frame_spans(len(self.frames), self.temporal_patch_size)
 
     @property
@@ -118,7 +119,7 @@ def merge_frames(
 
     Args:
         answerer: With its weights loaded.
-        frames: (N, 3, H, W) uint8.
+        frames: (M, 3, H, W) uint8.
         settings: What to merge by.
         question: What stage 3 is asked.
         metadata: Of the video that the frames are of, for a model that is told their times; `None`: not known.
@@ -164,14 +165,19 @@ def merge_frames(
     view = replace(view, merged=merged, question=question)
     if not settings.has_inner_stage:
         return view
-    # Behind the text before it and the tokens before it stands each of the video's: dropped placeholders are gone.
-    slots = model.model.token_slots(merged, tokens)
-    number = torch.arange(merged.num_tokens, device=model.device)
-    slots = number if slots is None else slots.to(model.device)
-    placeholders = (features["input_ids"][0] == model.config.video_token_id).nonzero()[:, 0]
-    inside = placeholders[slots] - slots + number
-    survives = torch.isin(inside, outputs.inner_keep[0].to(inside.device))
+    places = _places_inside(model, merged, tokens, features["input_ids"][0])
+    survives = torch.isin(places, outputs.inner_keep[0].to(places.device))
     return replace(view, survives=survives, fold=settings.inner_method == "merge")
+
+
+def _places_inside(model, merged: MergedVideo, tokens: VideoTokens, input_ids: torch.Tensor) -> torch.Tensor:
+    """(N,), which of the tokens that enter the decoder those of a prompt's only video are."""
+    number = torch.arange(merged.num_tokens, device=input_ids.device)
+    slots = model.model.token_slots(merged, tokens)
+    slots = number if slots is None else slots.to(input_ids.device)
+    placeholders = (input_ids == model.config.video_token_id).nonzero()[:, 0]
+    # Behind the text that stands before a token, and the tokens before it; dropped placeholders are gone.
+    return placeholders[slots] - slots + number
 
 
 def _model_inputs(
@@ -238,7 +244,6 @@ def write_clip(view: MergingView, path: Path) -> None:
     size = tuple(2 * round(side * scale / 2) for side in frames.shape[2:0:-1])  # width, height
     fates = token_fates(view.merged).numpy()
     segment_of = [number for number, (start, stop) in enumerate(view.merged.segments) for _ in range(start, stop)]
-    font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=14)
     legend = frame_legend(fates)
     numbers = shown_sizes(view.merged, fates, view.sizes)
     digits = min(digit_size(numbers, view.grid, *size), MAX_DIGIT_PIXELS)
@@ -257,18 +262,25 @@ def write_clip(view: MergingView, path: Path) -> None:
             computed = view.computed[number]
             original = Image.fromarray(paint_computed(np.asarray(original), computed))
             title += f": {computed.sum()} of {len(computed)} patches computed"
-        canvas = Image.new("RGB", (2 * size[0] + 24, size[1] + 96), "white")
-        canvas.paste(original, (8, 40))
-        canvas.paste(painted, (16 + size[0], 40))
-        draw = ImageDraw.Draw(canvas)
         num_kept = int(np.isin(fates[number], KEPT).sum())
-        draw.text((8, 9), title, "black", font)
         segment = segment_text(view.merged.segments[segment_of[number]], spans)
-        text = f"segment {segment_of[number] + 1}, {segment}: {num_kept} of {fates.shape[1]} tokens kept"
-        draw.text((16 + size[0], 9), text, "black", font)
-        _draw_legend(draw, legend, size[1] + 46, small, canvas.width)
-        pictures.append(np.asarray(canvas))
+        segment = f"segment {segment_of[number] + 1}, {segment}: {num_kept} of {fates.shape[1]} tokens kept"
+        pictures.append(_beside(original, painted, title, segment, legend))
     write_video(path, np.stack(pictures), fps=VIDEO_FPS)
+
+
+def _beside(
+    original: Image.Image, painted: Image.Image, title: str, segment: str, legend: list[tuple[str | None, str]]
+) -> np.ndarray:
+    """Two pictures of one size beside each other, with what stands above and below them."""
+    width, height = original.size
+    canvas = Image.new("RGB", (2 * width + 24, height + 96), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=17)
+    for left, picture, text in ((8, original, title), (16 + width, painted, segment)):
+        canvas.paste(picture, (left, 40))
+        draw.text((left, 9), text, "black", font)
+    _draw_legend(draw, legend, height + 46, ImageFont.load_default(size=14), canvas.width)
+    return np.asarray(canvas)
 
 
 def write_page(view: MergingView, path: Path) -> None:

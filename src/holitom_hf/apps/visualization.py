@@ -2,10 +2,12 @@
 
 import math
 import textwrap
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -61,6 +63,7 @@ LINES_PER_FRAME = 12
 # Of a frame's width: between frames, for the bar that names a segment, for the names of the rows.
 GAP, HEADER, MARGIN = 0.05, 0.2, 0.2
 WIDTH = 11.0  # of the figure, inches
+LETTER_WIDTH = 4.2  # of the rows' names, points
 DIGIT_WIDTH = 0.65  # of a digit, in sizes of its font
 MAX_DIGIT_SIZE, MIN_DIGIT_SIZE = 7.0, 4.5  # points
 STAGES = "stages 1, 2"
@@ -243,7 +246,7 @@ def plot_merging(
 
     Args:
         merged: What `merge_video_tokens` or a model's output holds.
-        frames: (N, H, W, 3) uint8 pictures of the frames that the model saw, in any size.
+        frames: (M, H, W, 3) uint8 pictures of the frames that the model saw, in any size.
         similarity: (F-1, T) cosine similarity of neighbouring frames' tokens; with it, the curve and the cuts.
         threshold: tau, drawn into the curve.
         survives: (N,) bool, the output tokens that stage 3 left.
@@ -252,8 +255,8 @@ def plot_merging(
         computed: (F, P) bool, the patches that the vision tower computed in its later layers; in the untouched row
             the others are pale.
         grid: Rows and columns of a frame's T tokens; `None`: a square.
-        temporal_patch_size: How many frames have their T tokens together: F is N divided by it, rounded up. The first
-            of them is drawn, and the numbers are those of all.
+        temporal_patch_size: How many frames have their T tokens together: F is M divided by it, rounded up. The first
+            of them is drawn, and all of them are named.
         method: What came before the decoder, the name of the second row.
         sizes: (N,), for how many tokens each output counts in the attention; kept ones that count for several have
             their number in the second row, if there is room for it.
@@ -271,14 +274,10 @@ def plot_merging(
     if survives is not None:
         survives = survives.cpu().numpy()
         rows.append(("stage 3", fates_after_stage_3(merged, fates, survives, fold)))
-    num_frames = len(frames)
-    columns = min(COLUMNS, num_frames)
-    has_curve = similarity is not None and num_frames > 1
+    layout = _Layout(len(frames), len(rows), frames.shape[1] / frames.shape[2])
+    has_curve = similarity is not None and len(frames) > 1
 
-    frame_width = (WIDTH - 0.6) / (columns * (1 + GAP) + MARGIN)  # inches
-    block_height = _block_height(len(rows), frames.shape[1] / frames.shape[2])
-    frames_height = -(-num_frames // columns) * block_height * frame_width
-    heights = [1.1] * has_curve + [frames_height, 0.45 * len(rows)]
+    heights = [1.1] * has_curve + [layout.size[1] * layout.inches, 0.45 * len(rows)]
     figure = Figure(figsize=(WIDTH, sum(heights) + 1.0), layout="constrained")
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if has_curve:
@@ -286,29 +285,34 @@ def plot_merging(
     originals = frames
     if computed is not None:
         originals = [paint_computed(frame, of_frame) for frame, of_frame in zip(frames, computed)]
+    _draw_frames(axes[-2], layout, frames, originals, rows, merged, grid, spans)
     numbers = shown_sizes(merged, fates, sizes)
-    font_size = digit_size(numbers, grid, 72 * frame_width, 72 * frame_width * frames.shape[1] / frames.shape[2])
-    numbers = numbers if font_size >= MIN_DIGIT_SIZE else {}
-    font_size = min(font_size, MAX_DIGIT_SIZE)
-    _draw_frames(axes[-2], frames, originals, rows, merged, grid, spans, columns, frame_width, numbers, font_size)
+    has_numbers = _draw_numbers(axes[-2], layout, numbers, grid)
     draw_budget(axes[-1], fates, merged, survives)
     if question is not None:
         axes[-1].set_xlabel(
             f"stage 3 keeps what the last token of the prompt attends to; asked: {question}", fontsize=8
         )
-    painted = np.stack([of_row for _, of_row in rows if of_row is not None])
-    handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in frame_legend(painted)]
-    if np.isin(fates, MERGED).any():
+    handles = _legend_handles([of_row for _, of_row in rows[1:]], computed, has_numbers)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
+def _legend_handles(fates: list[np.ndarray], computed: np.ndarray | None, has_numbers: bool) -> list[Artist]:
+    """What is named above a figure whose rows are painted by these fates, the first with moves."""
+    handles = [
+        Patch(facecolor=color, edgecolor="#555555", label=name) for color, name in frame_legend(np.stack(fates))
+    ]
+    if np.isin(fates[0], MERGED).any():
         went = {"color": "#999999", "marker": "o", "markerfacecolor": "white", "markeredgecolor": "black"}
         handles.append(Line2D([], [], label="went into", **went))
-    if numbers:
+    if has_numbers:
         digits = {"color": "none", "marker": "$12$", "markersize": 8, "markerfacecolor": "black", "markeredgewidth": 0}
         handles.append(Line2D([], [], label=COUNTS_NAME, **digits))
     if computed is not None:
         name = f"patch taken over in the vision tower ({computed.mean():.0%} are computed)"
         handles.insert(0, Patch(facecolor="white", edgecolor="#555555", label=name))
-    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
-    return figure
+    return handles
 
 
 def frame_legend(fates: np.ndarray) -> list[tuple[str, str]]:
@@ -344,51 +348,89 @@ def digit_size(numbers: dict[tuple[int, int], int], grid: tuple[int, int], width
     return min(0.75 * height / grid[0], 0.9 * width / grid[1] / (DIGIT_WIDTH * num_digits))
 
 
-def _block_height(num_rows: int, frame_height: float) -> float:
-    """Of a row of frames in all its states, with the bar above it, in widths of a frame."""
-    return num_rows * (frame_height + GAP) + HEADER + GAP
+@dataclass
+class _Layout:
+    """
+    Where frames stand: in blocks, as time goes; in each a row for every state, and a bar above. In widths of a frame.
+
+    Attributes:
+        num_frames: How many there are.
+        num_rows: States of each.
+        height: Of a frame.
+    """
+
+    num_frames: int
+    num_rows: int
+    height: float
+
+    @property
+    def columns(self) -> int:
+        """Frames beside each other."""
+        return min(COLUMNS, self.num_frames)
+
+    @property
+    def block_height(self) -> float:
+        """From one block to the next."""
+        return self.num_rows * (self.height + GAP) + HEADER + GAP
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height of all, without the names of the rows."""
+        return self.columns * (1 + GAP), -(-self.num_frames // self.columns) * self.block_height
+
+    @property
+    def inches(self) -> float:
+        """Width of a frame."""
+        return (WIDTH - 0.6) / (self.size[0] + MARGIN)
+
+    def corner(self, frame: int, row: int = 0) -> tuple[float, float]:
+        """Left and top of a frame."""
+        block, column = divmod(frame, self.columns)
+        return column * (1 + GAP), block * self.block_height + HEADER + row * (self.height + GAP)
+
+    def middle(self, frame: int, row: int, position: int, grid: tuple[int, int]) -> tuple[float, float]:
+        """Of a token's cell."""
+        (left, top), (x, y, width, height) = self.corner(frame, row), cell(position, grid)
+        return left + x + width / 2, top + (y + height / 2) * self.height
 
 
 def _draw_frames(
     axes: Axes,
+    layout: _Layout,
     frames: np.ndarray,
     originals: np.ndarray | list[np.ndarray],
     rows: list[tuple[str, np.ndarray | None]],
     merged: MergedVideo,
     grid: tuple[int, int],
     spans: list[tuple[int, int]],
-    columns: int,
-    frame_width: float,
-    numbers: dict[tuple[int, int], int],
-    font_size: float,
 ) -> None:
-    """All frames in blocks, as time goes: in each a row for every state; above it bars that name the segments."""
-    num_frames, height = len(frames), frames.shape[1] / frames.shape[2]
-    step, block_height = height + GAP, _block_height(len(rows), height)
-    segment_of = {
-        frame: number for number, (start, stop) in enumerate(merged.segments) for frame in range(start, stop)
-    }
-    for frame in range(num_frames):
-        left, top = frame % columns * (1 + GAP), frame // columns * block_height + HEADER
+    """All frames in all states; above them bars that name the segments."""
+    for frame in range(layout.num_frames):
         for number, (name, fates) in enumerate(rows):
-            corner = (left, top + number * step)
+            corner = layout.corner(frame, number)
             if fates is None:
                 _draw_original(axes, originals[frame], numbers_text(*spans[frame]), corner)
             else:
                 _draw_frame(axes, frames[frame], fates[frame], grid, corner)
             if number == 1:
-                _draw_moves(axes, height, fates[frame], grid, merged, frame, corner)
-                # Not in a later row: for how many those count that stage 3 left is not known.
-                of_frame = {place: number for (of, place), number in numbers.items() if of == frame}
-                _draw_numbers(axes, height, of_frame, grid, corner, font_size)
-            if frame % columns == 0:
-                middle = corner[1] + height / 2
-                lines = textwrap.wrap(name, max(len(STAGES), int(height * frame_width * 72 / 4.2)))
+                _draw_moves(axes, layout, fates[frame], grid, merged, frame)
+            if frame % layout.columns == 0:
+                lines = textwrap.wrap(name, max(len(STAGES), int(72 * layout.height * layout.inches / LETTER_WIDTH)))
                 size = 8 if len(lines) == 1 else 7
-                axes.text(-0.06, middle, "\n".join(lines), fontsize=size, rotation=90, ha="right", va="center")
-        segment = segment_of[frame]
-        is_first_here = frame % columns == 0 or segment_of[frame - 1] != segment
-        is_last_here = frame == num_frames - 1 or segment_of[frame + 1] != segment
+                place = -0.06, corner[1] + layout.height / 2
+                axes.text(*place, "\n".join(lines), fontsize=size, rotation=90, ha="right", va="center")
+    _draw_segments(axes, layout, merged.segments, spans)
+    axes.set(xlim=(-MARGIN, layout.size[0]), ylim=(layout.size[1], 0), aspect="equal")
+    axes.axis("off")
+
+
+def _draw_segments(axes: Axes, layout: _Layout, segments: list[tuple[int, int]], spans: list[tuple[int, int]]) -> None:
+    """Bars above the frames that name the segments."""
+    segment_of = [number for number, (start, stop) in enumerate(segments) for _ in range(start, stop)]
+    for frame, segment in enumerate(segment_of):
+        left, top = layout.corner(frame)
+        is_first_here = frame % layout.columns == 0 or segment_of[frame - 1] != segment
+        is_last_here = frame == layout.num_frames - 1 or segment_of[frame + 1] != segment
         axes.add_patch(
             Rectangle(
                 (left, top - 0.75 * HEADER),
@@ -398,13 +440,10 @@ def _draw_frames(
             )
         )
         if is_first_here:
-            is_alone = is_last_here or frame % columns == columns - 1
-            text = f"{segment + 1}: {segment_text(merged.segments[segment], spans)}"
+            is_alone = is_last_here or frame % layout.columns == layout.columns - 1
+            text = f"{segment + 1}: {segment_text(segments[segment], spans)}"
             text = text if is_alone else f"segment {text}"
             axes.text(left + 0.03, top - 0.45 * HEADER, text, color="white", fontsize=7, va="center")
-    num_blocks = -(-num_frames // columns)
-    axes.set(xlim=(-MARGIN, columns * (1 + GAP)), ylim=(num_blocks * block_height, 0), aspect="equal")
-    axes.axis("off")
 
 
 def _draw_original(axes: Axes, picture: np.ndarray, name: str, corner: tuple[float, float]) -> None:
@@ -431,13 +470,7 @@ def _draw_frame(
 
 
 def _draw_moves(
-    axes: Axes,
-    height: float,
-    fates: np.ndarray,
-    grid: tuple[int, int],
-    merged: MergedVideo,
-    frame: int,
-    corner: tuple[float, float],
+    axes: Axes, layout: _Layout, fates: np.ndarray, grid: tuple[int, int], merged: MergedVideo, frame: int
 ) -> None:
     """Lines from merged tokens to where they went, for some of them."""
     moved = [
@@ -446,32 +479,29 @@ def _draw_moves(
         if target >= 0 and int(merged.position[target]) != position and fates[position] in MERGED
     ]
     for places in moved[:: max(1, -(-len(moved) // LINES_PER_FRAME))]:
-        xs, ys = zip(*(_middle(place, grid, height, corner) for place in places))
+        xs, ys = zip(*(layout.middle(frame, 1, place, grid) for place in places))
         axes.plot(xs, ys, color="#555555", linewidth=0.6)
         axes.plot(
             xs[1:], ys[1:], marker="o", markersize=2.2, color="white", markeredgecolor="black", markeredgewidth=0.4
         )
 
 
-def _draw_numbers(
-    axes: Axes,
-    height: float,
-    numbers: dict[int, int],
-    grid: tuple[int, int],
-    corner: tuple[float, float],
-    font_size: float,
-) -> None:
-    """Into the cells of one frame's kept tokens, by position, for how many tokens they count."""
+def _draw_numbers(axes: Axes, layout: _Layout, numbers: dict[tuple[int, int], int], grid: tuple[int, int]) -> bool:
+    """
+    Into cells by frame and position, if there is room. In the second row alone: for how many those count that stage 3
+    left is not known.
+
+    Returns:
+        Whether there are any.
+    """
+    size = digit_size(numbers, grid, 72 * layout.inches, 72 * layout.inches * layout.height)
+    if not numbers or size < MIN_DIGIT_SIZE:
+        return False
+    style = {"color": "white", "fontsize": min(size, MAX_DIGIT_SIZE), "ha": "center", "va": "center_baseline"}
     outline = [withStroke(linewidth=1.0, foreground="black")]
-    style = {"color": "white", "fontsize": font_size, "path_effects": outline, "ha": "center", "va": "center_baseline"}
-    for position, number in numbers.items():
-        axes.text(*_middle(position, grid, height, corner), number, **style)
-
-
-def _middle(position: int, grid: tuple[int, int], height: float, corner: tuple[float, float]) -> tuple[float, float]:
-    """Of a token's cell, in a frame of width 1 that begins at `corner`."""
-    x, y, cell_width, cell_height = cell(position, grid)
-    return corner[0] + x + cell_width / 2, corner[1] + (y + cell_height / 2) * height
+    for (frame, position), number in numbers.items():
+        axes.text(*layout.middle(frame, 1, position, grid), number, path_effects=outline, **style)
+    return True
 
 
 def draw_similarity(
