@@ -423,7 +423,7 @@ def qwen(tmp_path_factory):
     processor.video_processor.size = {"shortest_edge": 64, "longest_edge": 10 * 32 * 56}
     processor.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    settings = HoliTomConfig(retention_ratio=0.3, similarity_threshold=0.3, inner_merge_layer=2)
+    settings = HoliTomConfig(retention_ratio=0.3, similarity_threshold=0.9, inner_merge_layer=2)
     config = config_for(HoliTomQwen3VLConfig, QWEN3_VL, processor.tokenizer, holitom_config=settings)
     HoliTomQwen3VLForConditionalGeneration(config).save_pretrained(folder / "model")
     return folder
@@ -466,7 +466,8 @@ class TestQwen:
         left = [inside[index] for index in output.inner_keep[0].tolist()]
         left = [place for place in left if place is not None]
         assert view.merged.place[view.survives].tolist() == left
-        assert 0 < len(left) < merged.num_tokens
+        # Behind the first temporal patch some were removed, and others not.
+        assert 0 < sum(place >= height * width // 4 for place in left) < int((merged.frame > 0).sum())
 
     def test_a_picture(self, qwen, tmp_path):
         result = run(
