@@ -400,6 +400,20 @@ class TestSizes:
         assert not [text for axes in figure.axes[:1] for text in axes.texts if text.get_ha() == "center"]
 
 
+def test_a_figures_legend_names_what_each_row_shows():
+    """Stage 3 may merge where nothing was merged before; then no token has moved in the row that shows moves."""
+    chosen, frames = kept_tokens([(0, 0, 0), (0, 2, 3), (1, 1, 1)], 2, GRID), np.zeros((2, 30, 40, 3), np.uint8)
+    survives = torch.tensor([True, False, True])
+
+    def names(**kwargs):
+        figure = plot_merging(chosen, frames, grid=GRID, **kwargs)
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    assert names() == ["dynamic, selected", "dropped"]
+    assert names(survives=survives) == ["dynamic, selected", "merged into a kept one", "dropped"]
+    assert names(survives=survives, fold=False) == ["dynamic, selected", "dropped"]
+
+
 def test_the_second_row_has_the_methods_name(merged, frames):
     def names(**kwargs):
         axes = plot_merging(merged, frames, **kwargs).axes[0]
