@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,25 +12,38 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from transformers import BatchFeature
+from transformers.video_utils import VideoMetadata
 
 from ..answering.answerer import Answerer
+from ..answering.prompts import PIXELS, encode_videos
 from ..configuration import HoliTomConfig
 from ..merging.merged_video import MergedVideo
 from ..merging.outer import merge_tokens
+from ..merging.registry import METHODS
 from ..merging.segmentation import frame_similarity
+from ..merging.video_tokens import VideoTokens
 from ..video.encoding import write_video
 from .visualization import (
     COLORS,
+    COUNTS_NAME,
     KEPT,
     NAMES,
+    STAGES,
     Fate,
+    cell,
+    digit_size,
     draw_budget,
     draw_similarity,
     frame_legend,
+    frame_spans,
     frames_text,
+    numbers_text,
     paint_computed,
     paint_frame,
     plot_merging,
+    segment_text,
+    shown_sizes,
     token_fates,
 )
 
@@ -39,6 +51,7 @@ from .visualization import (
 MAX_SIDE = 384  # pixels of a frame in a picture or a page
 VIDEO_SIDE = 448  # pixels of a frame's shorter side in a video
 VIDEO_FPS = 2
+MIN_DIGIT_PIXELS, MAX_DIGIT_PIXELS = 9, 16
 QUESTION = "What happens in the video?"  # what stage 3 keeps depends on it
 
 
@@ -49,39 +62,67 @@ class MergingView:
 
     Attributes:
         name: Of the video.
-        frames: (F, H, W, 3) uint8, as decoded.
-        merged: The tokens.
+        frames: (M, H, W, 3) uint8, as decoded.
+        merged: The tokens, of F frames or temporal patches of several.
+        grid: Rows and columns of the tokens of one of the F.
         similarity: (F-1, T) cosine similarity of neighbouring frames' tokens.
         threshold: Above which they count as the same; `None`: nothing does.
         question: Which stage 3 was asked; `None` if it did not run.
         survives: (N,) bool, the tokens that it left; `None` if it did not run.
         fold: Whether it folded the others into those.
         computed: (F, P) bool, the patches that the vision tower computed in its later layers; `None`: all.
+        temporal_patch_size: How many of the M frames are one of the F; the first of them is shown.
+        method: What merged before the decoder.
+        counts: Whether tokens count for as many as they stand for.
     """
 
     name: str
     frames: np.ndarray
     merged: MergedVideo
+    grid: tuple[int, int]
     similarity: torch.Tensor
     threshold: float | None
     question: str | None = None
     survives: torch.Tensor | None = None
     fold: bool = True
     computed: np.ndarray | None = None
+    temporal_patch_size: int = 1
+    method: str = STAGES
+    counts: bool = False
+
+    @property
+    def sizes(self) -> torch.Tensor | None:
+        """For how many tokens each of `merged` counts; `None`: for one."""
+        return self.merged.sizes if self.counts else None
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Which of the M frames each of the F is."""
+        return frame_spans(len(self.frames), self.temporal_patch_size)
+
+    @property
+    def shown(self) -> np.ndarray:
+        """(F, H, W, 3), those of the frames that are shown."""
+        return self.frames[:: self.temporal_patch_size]
 
 
 @torch.inference_mode()
 def merge_frames(
-    answerer: Answerer, frames: torch.Tensor, settings: HoliTomConfig, question: str = QUESTION
+    answerer: Answerer,
+    frames: torch.Tensor,
+    settings: HoliTomConfig,
+    question: str = QUESTION,
+    metadata: VideoMetadata | None = None,
 ) -> MergingView:
     """
     Encodes and merges a video, and runs the decoder up to where stage 3 is done.
 
     Args:
         answerer: With its weights loaded.
-        frames: (F, 3, H, W) uint8.
+        frames: (M, 3, H, W) uint8.
         settings: What to merge by.
         question: What stage 3 is asked.
+        metadata: Of the video that the frames are of, for a model that is told their times; `None`: not known.
 
     Raises:
         ValueError: If the settings merge nothing.
@@ -92,21 +133,28 @@ def merge_frames(
             "decoder nothing is merged that could be shown"
         )
     model = answerer.model
-    prompt = answerer.prepare(frames, question).features
-    pixels = prompt["pixel_values_videos"].to(model.device, model.dtype)
-    encoded = model.get_video_features(pixels, vision_batch_size=32, holitom_config=settings, return_dict=True)
+    features = _model_inputs(answerer, frames, question, metadata)
+    encoded = encode_videos(model, features, holitom_config=settings)
+    del features[PIXELS]
     [tokens] = model.model.video_tokens(encoded)
-    merged, similarity = merge_tokens(tokens, settings), frame_similarity(tokens.features)
-    pictures = frames.permute(0, 2, 3, 1).cpu().numpy()
-    computed = encoded.computed_patches[0].cpu().numpy() if settings.has_vision_stage else None
     threshold = settings.similarity_threshold if settings.similarity_threshold < 1 else None
-    view = MergingView("video", pictures, merged, similarity, threshold, computed=computed)
+    computed = getattr(encoded, "computed_patches", None)
+    view = MergingView(
+        "video",
+        frames.permute(0, 2, 3, 1).cpu().numpy(),
+        merge_tokens(tokens, settings),
+        tokens.grid_for("a picture"),
+        frame_similarity(tokens.features),
+        threshold,
+        computed=None if computed is None else computed[0].cpu().numpy(),
+        temporal_patch_size=getattr(answerer.processor.video_processor, "temporal_patch_size", 1),
+        method=STAGES if settings.outer_method == "holitom" else METHODS[settings.outer_method].label,
+        counts=settings.proportional_attention,
+    )
     if not (settings.has_inner_stage or settings.needs_question):
         return view
-    input_ids = prompt["input_ids"].to(model.device)
     outputs = model.generate(
-        input_ids=input_ids,
-        attention_mask=prompt["attention_mask"].to(model.device),
+        **features,
         mm_encoder_outputs={"video": encoded},
         holitom_config=settings,
         max_new_tokens=1,
@@ -117,11 +165,33 @@ def merge_frames(
     view = replace(view, merged=merged, question=question)
     if not settings.has_inner_stage:
         return view
-    # The video's tokens stand where its first placeholder is.
-    first = int((input_ids[0] == model.config.video_token_id).int().argmax())
-    kept = outputs.inner_keep[0].to(merged.frame.device) - first
-    survives = torch.isin(torch.arange(merged.num_tokens, device=kept.device), kept)
+    places = _places_inside(model, merged, tokens, features["input_ids"][0])
+    survives = torch.isin(places, outputs.inner_keep[0].to(places.device))
     return replace(view, survives=survives, fold=settings.inner_method == "merge")
+
+
+def _places_inside(model, merged: MergedVideo, tokens: VideoTokens, input_ids: torch.Tensor) -> torch.Tensor:
+    """(N,), which of the tokens that enter the decoder those of a prompt's only video are."""
+    number = torch.arange(merged.num_tokens, device=input_ids.device)
+    slots = model.model.token_slots(merged, tokens)
+    slots = number if slots is None else slots.to(input_ids.device)
+    placeholders = (input_ids == model.config.video_token_id).nonzero()[:, 0]
+    # Behind the text that stands before a token, and the tokens before it; dropped placeholders are gone.
+    return placeholders[slots] - slots + number
+
+
+def _model_inputs(
+    answerer: Answerer, frames: torch.Tensor, question: str, metadata: VideoMetadata | None
+) -> BatchFeature:
+    """What the processor makes of frames that are all to be taken, and a question, on the model's device."""
+    processor, content = answerer.processor, [{"type": "video"}, {"type": "text", "text": question}]
+    return processor(
+        text=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
+        videos=frames,
+        video_metadata=None if metadata is None else [metadata],
+        do_sample_frames=False,
+        return_tensors="pt",
+    ).to(answerer.model.device)
 
 
 def view_merging(
@@ -139,22 +209,26 @@ def view_merging(
     Raises:
         OSError, ValueError: If the video can't be read or has fewer frames, or the settings merge nothing.
     """
-    (frames,), _ = answerer.processor.video_processor.decode(video, num_frames=num_frames)
-    return replace(merge_frames(answerer, frames, answerer.config.holitom_config, question), name=Path(video).name)
+    (frames,), (metadata,) = answerer.processor.video_processor.decode(video, num_frames=num_frames)
+    view = merge_frames(answerer, frames, answerer.config.holitom_config, question, metadata)
+    return replace(view, name=Path(video).name)
 
 
 def figure_of(view: MergingView) -> Figure:
     """Everything in one figure; see [`plot_merging`]."""
-    frames = _resized(view.frames, MAX_SIDE)
     return plot_merging(
         view.merged,
-        frames,
+        _resized(view.frames, MAX_SIDE),
         view.similarity,
         view.threshold,
         view.survives,
         view.fold,
         view.question,
         view.computed,
+        view.grid,
+        view.temporal_patch_size,
+        view.method,
+        view.sizes,
     )
 
 
@@ -165,58 +239,75 @@ def write_picture(view: MergingView, path: Path) -> None:
 
 def write_clip(view: MergingView, path: Path) -> None:
     """A H.264 video, two frames a second: each frame beside what became of its tokens."""
-    scale = VIDEO_SIDE / min(view.frames.shape[1:3])
+    frames, spans = view.shown, view.spans
+    scale = VIDEO_SIDE / min(frames.shape[1:3])
+    size = tuple(2 * round(side * scale / 2) for side in frames.shape[2:0:-1])  # width, height
     fates = token_fates(view.merged).numpy()
     segment_of = [number for number, (start, stop) in enumerate(view.merged.segments) for _ in range(start, stop)]
-    font, small = ImageFont.load_default(size=17), ImageFont.load_default(size=14)
     legend = frame_legend(fates)
+    numbers = shown_sizes(view.merged, fates, view.sizes)
+    digits = min(digit_size(numbers, view.grid, *size), MAX_DIGIT_PIXELS)
+    numbers = numbers if digits >= MIN_DIGIT_PIXELS else {}
+    if numbers:
+        legend.append((None, f"12: {COUNTS_NAME}"))
     pictures = []
-    for number, frame in enumerate(view.frames):
-        size = tuple(2 * round(side * scale / 2) for side in frame.shape[1::-1])
+    for number, frame in enumerate(frames):
         original = Image.fromarray(frame).resize(size)
-        painted = _outlined(paint_frame(np.asarray(original), fates[number]), fates[number])
-        title = f"frame {number + 1} of {len(view.frames)}"
+        painted = paint_frame(np.asarray(original), fates[number], view.grid)
+        painted = _outlined(painted, fates[number], view.grid)
+        of_frame = {position: count for (of, position), count in numbers.items() if of == number}
+        _write_numbers(painted, of_frame, view.grid, ImageFont.load_default(size=digits))
+        title = f"{frames_text(*spans[number])} of {len(view.frames)}"
         if view.computed is not None:
-            of_frame = view.computed[number]
-            original = Image.fromarray(paint_computed(np.asarray(original), of_frame))
-            title += f": {of_frame.sum()} of {len(of_frame)} patches computed"
-        canvas = Image.new("RGB", (2 * size[0] + 24, size[1] + 96), "white")
-        canvas.paste(original, (8, 40))
-        canvas.paste(painted, (16 + size[0], 40))
-        draw = ImageDraw.Draw(canvas)
+            computed = view.computed[number]
+            original = Image.fromarray(paint_computed(np.asarray(original), computed))
+            title += f": {computed.sum()} of {len(computed)} patches computed"
         num_kept = int(np.isin(fates[number], KEPT).sum())
-        start, stop = view.merged.segments[segment_of[number]]
-        draw.text((8, 9), title, "black", font)
-        segment = f"segment {segment_of[number] + 1}, {frames_text(start, stop)}"
-        text = f"{segment}: {num_kept} of {fates.shape[1]} tokens kept"
-        draw.text((16 + size[0], 9), text, "black", font)
-        _draw_legend(draw, legend, size[1] + 46, small, canvas.width)
-        pictures.append(np.asarray(canvas))
+        segment = segment_text(view.merged.segments[segment_of[number]], spans)
+        segment = f"segment {segment_of[number] + 1}, {segment}: {num_kept} of {fates.shape[1]} tokens kept"
+        pictures.append(_beside(original, painted, title, segment, legend))
     write_video(path, np.stack(pictures), fps=VIDEO_FPS)
+
+
+def _beside(
+    original: Image.Image, painted: Image.Image, title: str, segment: str, legend: list[tuple[str | None, str]]
+) -> np.ndarray:
+    """Two pictures of one size beside each other, with what stands above and below them."""
+    width, height = original.size
+    canvas = Image.new("RGB", (2 * width + 24, height + 96), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=17)
+    for left, picture, text in ((8, original, title), (16 + width, painted, segment)):
+        canvas.paste(picture, (left, 40))
+        draw.text((left, 9), text, "black", font)
+    _draw_legend(draw, legend, height + 46, ImageFont.load_default(size=14), canvas.width)
+    return np.asarray(canvas)
 
 
 def write_page(view: MergingView, path: Path) -> None:
     """One HTML file that needs nothing else: pointing at a token shows all tokens that became one with it."""
     fates, assignment = token_fates(view.merged).numpy(), view.merged.assignment.tolist()
-    frames = _resized(view.frames, MAX_SIDE)
+    frames, spans = _resized(view.shown, MAX_SIDE), view.spans
+    sizes = shown_sizes(view.merged, fates, view.sizes)
     survives = view.survives.cpu().numpy() if view.survives is not None else None
     figures = [_svg(lambda axes: draw_budget(axes, fates, view.merged, survives), 1.0 + 0.3 * (survives is not None))]
     if len(frames) > 1:
-        curve = _svg(lambda axes: draw_similarity(axes, view.merged, view.similarity, view.threshold), 1.6)
+        curve = _svg(lambda axes: draw_similarity(axes, view.merged, view.similarity, view.threshold, spans), 1.6)
         figures.insert(0, curve)
     pictures = []
     for number, (start, stop) in enumerate(view.merged.segments):
         for frame in range(start, stop):
-            name = f"segment {number + 1}, {frames_text(start, stop)}" if frame == start else "&nbsp;"
-            markup = _frame_markup(frame, frames[frame], fates[frame], assignment[frame], survives)
+            name = f"segment {number + 1}, {segment_text((start, stop), spans)}" if frame == start else "&nbsp;"
+            of_frame = {place: size for (of, place), size in sizes.items() if of == frame}
+            markup = _frame_markup(frames[frame], fates[frame], assignment[frame], survives, view.grid, of_frame)
+            markup += f"<figcaption>{numbers_text(*spans[frame])}</figcaption>"
             joined = "" if frame == stop - 1 else " on"
             pictures.append(f'<figure><h2 class="s{number % 2}{joined}">{name}</h2>{markup}</figure>')
     legend = "".join(f'<span><i style="background:{color}"></i>{name}</span>' for color, name in frame_legend(fates))
+    merged, num_frames = view.merged, len(view.frames)
     summary = [
-        f"{view.merged.num_input_tokens} tokens of {len(frames)} frames in {len(view.merged.segments)} segments became"
+        f"{merged.num_input_tokens} tokens of {num_frames} frames in {len(merged.segments)} segments became",
+        f"{merged.num_tokens} ({merged.num_tokens / merged.num_input_tokens:.1%}) after {view.method}.",
     ]
-    share = view.merged.num_tokens / view.merged.num_input_tokens
-    summary.append(f"{view.merged.num_tokens} ({share:.1%}).")
     if view.computed is not None:
         summary.append(f"The vision tower computed {view.computed.mean():.1%} of the patches in its later layers.")
     if survives is not None:
@@ -266,34 +357,43 @@ def _resized(frames: np.ndarray, longest: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in frames])
 
 
-def _outlined(painted: np.ndarray, fates: np.ndarray) -> Image.Image:
+def _outlined(painted: np.ndarray, fates: np.ndarray, grid: tuple[int, int]) -> Image.Image:
     """A painted frame with outlines around the tokens that were kept."""
     picture = Image.fromarray(painted)
     draw = ImageDraw.Draw(picture)
-    side = math.isqrt(len(fates))
     for position in np.flatnonzero(np.isin(fates, KEPT)):
-        row, column = divmod(int(position), side)
-        box = [
-            column * picture.width // side,
-            row * picture.height // side,
-            (column + 1) * picture.width // side - 1,
-            (row + 1) * picture.height // side - 1,
-        ]
-        draw.rectangle(box, outline=COLORS[Fate(fates[position])], width=3)
+        row, column = divmod(int(position), grid[1])
+        # The first pixel that is painted as this cell, and the last.
+        left, right = (-(-side * picture.width // grid[1]) for side in (column, column + 1))
+        top, bottom = (-(-side * picture.height // grid[0]) for side in (row, row + 1))
+        draw.rectangle([left, top, right - 1, bottom - 1], outline=COLORS[Fate(fates[position])], width=3)
     return picture
 
 
-def _draw_legend(
-    draw: ImageDraw.ImageDraw, legend: list[tuple[str, str]], top: int, font: ImageFont.FreeTypeFont, width: int
+def _write_numbers(
+    picture: Image.Image, numbers: dict[int, int], grid: tuple[int, int], font: ImageFont.FreeTypeFont
 ) -> None:
-    """The colours' names, in as many lines as they need."""
+    """Into a frame's cells, by position."""
+    draw = ImageDraw.Draw(picture)
+    for position, number in numbers.items():
+        left, top, width, height = cell(position, grid)
+        middle = (left + width / 2) * picture.width, (top + height / 2) * picture.height
+        draw.text(middle, str(number), "white", font, anchor="mm", stroke_width=1, stroke_fill="black")
+
+
+def _draw_legend(
+    draw: ImageDraw.ImageDraw, legend: list[tuple[str | None, str]], top: int, font: ImageFont.FreeTypeFont, width: int
+) -> None:
+    """The colours' names, in as many lines as they need, and text without a colour."""
     left = 8
     for color, name in legend:
-        length = 20 + draw.textlength(name, font) + 18
+        indent = 0 if color is None else 20
+        length = indent + draw.textlength(name, font) + 18
         if left + length > width:
             left, top = 8, top + 22
-        draw.rectangle([left, top, left + 14, top + 14], fill=color, outline="#999999")
-        draw.text((left + 20, top - 2), name, "black", font)
+        if color is not None:
+            draw.rectangle([left, top, left + 14, top + 14], fill=color, outline="#999999")
+        draw.text((left + indent, top - 2), name, "black", font)
         left += length
 
 
@@ -307,27 +407,33 @@ def _svg(draw: Callable, height: float) -> str:
 
 
 def _frame_markup(
-    number: int, picture: np.ndarray, fates: np.ndarray, assignment: list[int], survives: np.ndarray | None
+    picture: np.ndarray,
+    fates: np.ndarray,
+    assignment: list[int],
+    survives: np.ndarray | None,
+    grid: tuple[int, int],
+    sizes: dict[int, int],
 ) -> str:
-    """A frame with one rectangle for each token."""
+    """A frame with one rectangle for each token; those that count for several in the attention say so."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=85)
     address = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    side = math.isqrt(len(fates))
     height, width = picture.shape[:2]
     boxes = []
     for place, (fate, target) in enumerate(zip(fates, assignment)):
         classes = f"f{int(fate)}"
         if fate in KEPT:
             classes += " kept" if survives is None or survives[target] else " kept gone"
+        counts = f' data-n="{sizes[place]}"' if place in sizes else ""
+        left, top, cell_width, cell_height = cell(place, grid)
         boxes.append(
-            f'<rect class="{classes}" data-t="{target}" data-f="{int(fate)}" '
-            f'x="{place % side * width / side:.2f}" y="{place // side * height / side:.2f}" '
-            f'width="{width / side:.2f}" height="{height / side:.2f}"/>'
+            f'<rect class="{classes}" data-t="{target}" data-f="{int(fate)}"{counts} '
+            f'x="{left * width:.2f}" y="{top * height:.2f}" '
+            f'width="{cell_width * width:.2f}" height="{cell_height * height:.2f}"/>'
         )
     return (
         f'<svg viewBox="0 0 {width} {height}"><image href="{address}" width="{width}" height="{height}"/>'
-        f"{''.join(boxes)}</svg><figcaption>{number + 1}</figcaption>"
+        f"{''.join(boxes)}</svg>"
     )
 
 
@@ -360,6 +466,6 @@ function clear(){{for(const r of lit)r.classList.remove("on");lit=[];}}
 document.addEventListener("pointerover",e=>{{const r=e.target.closest&&e.target.closest("rect[data-t]");if(!r)return;
 clear();const group=groups.get(r.dataset.t)||[r];lit=group;for(const g of group)g.classList.add("on");
 const n=group.length;said.textContent=names[r.dataset.f]+(r.dataset.t>=0?": one of "+n+(n>1?" tokens":" token")+
-" that became output token "+r.dataset.t:"");}});
+" that became output token "+r.dataset.t:"")+(r.dataset.n?"; it counts for "+r.dataset.n:"");}});
 </script></body></html>
 """

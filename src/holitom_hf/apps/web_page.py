@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 from transformers.utils import logging
+from transformers.video_utils import VideoMetadata
 
 from ..answering.answerer import Answer, Answerer, PreparedQuestion
 from ..bundled.questions import Question, draw_set, is_countable, uniform_times
@@ -153,7 +154,7 @@ class SideBySide:
             ) from None
 
     def _answer_both(self, video: str, question: str, settings: HoliTomConfig):
-        frames = self._read(video)
+        frames, metadata = self._read(video)
         if len(frames) not in self.warm_at:
             self._warm_up(frames, question, settings)
         prepared, peak = self._encoded(frames, question)
@@ -165,25 +166,26 @@ class SideBySide:
         if not settings.has_outer_stage:
             return  # R = 100 %: there is nothing to show
         file = io.BytesIO()
-        figure_of(merge_frames(self.answerer, frames, settings, question)).savefig(file, format="png", dpi=130)
+        view = merge_frames(self.answerer, frames, settings, question, metadata)
+        figure_of(view).savefig(file, format="png", dpi=130)
         yield (*shown, Image.open(file))
 
-    def _read(self, video: str) -> torch.Tensor:
-        """(F, 3, H, W) frames of an uploaded file, which is a stranger's, though it lies here."""
+    def _read(self, video: str) -> tuple[torch.Tensor, VideoMetadata]:
+        """(F, 3, H, W) frames of an uploaded file, which is a stranger's, though it lies here, and their times."""
 
-        def chosen(metadata) -> np.ndarray:
+        def chosen(metadata: VideoMetadata) -> np.ndarray:
             if metadata.duration > MAX_SECONDS:
                 raise DemoError(f"The video is longer than {MAX_SECONDS // 60} minutes: cut it first.")
             return self.answerer.processor.video_processor.frames_to_read(metadata)
 
         try:
-            return read_video(video, chosen, VideoLimits())[0]
+            return read_video(video, chosen, VideoLimits())
         except (OSError, ValueError) as error:
             raise DemoError(BROKEN) from error
 
     def warm_up(self, video: str, question: Question) -> None:
         """Before the first visitor, whose video will mostly be as long as this one."""
-        self._warm_up(self._read(video), question.text, self.own)
+        self._warm_up(self._read(video)[0], question.text, self.own)
 
     def _warm_up(self, frames: torch.Tensor, question: str, settings: HoliTomConfig) -> None:
         """Runs both columns once for nothing: the first run at a length would be a slow one, of the first column."""
