@@ -482,6 +482,18 @@ class TestPositions:
         assert set(static.tolist()) <= set(segments)
 
     @torch.no_grad()
+    def test_a_long_videos_times_are_apart_whatever_seconds_were_cast_to(self, model):
+        grid = torch.tensor([[400, 2, 2]])
+        types = torch.full((1, 400), 2)
+        positions = model.model.full_positions(
+            torch.zeros(1, 1, dtype=torch.long),
+            torch.ones(1, 400, dtype=torch.bool),
+            mm_token_type_ids=types,
+            video_grid_thw=grid,
+            second_per_grid_ts=torch.tensor([0.75], dtype=torch.bfloat16),
+        )
+        assert positions[0, 0].tolist() == [int(2 * 0.75 * patch) for patch in range(400)]
+
     def test_packed_and_kept_are_the_same(self, model, single):
         ours = [model(**single, holitom_config={"position_ids": kind}).logits for kind in ("packed", "kept")]
         assert torch.equal(*ours)

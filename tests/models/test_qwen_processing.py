@@ -73,11 +73,12 @@ def sampled(outputs) -> list[list[int]]:
 
 
 def assert_upstreams_inputs(processor, upstream, **asked) -> None:
-    """That frames in memory become what upstream makes of them."""
+    """That an image and frames in memory become what upstream makes of them."""
     frames = np.stack([numbered_frame(n, 96, 64) for n in range(40)])
     ours, theirs = (
         each(
-            text="<|video_pad|>",
+            text="<|image_pad|> and <|video_pad|>",
+            images=[Image.fromarray(frames[1])],
             videos=frames,
             # One each: upstream writes into it.
             video_metadata=VideoMetadata(40, fps=20.0, frames_indices=list(range(40))),

@@ -71,7 +71,9 @@ class QwenPositionsMixin:
         else:
             types = self.check_token_types(mm_token_type_ids, is_real.shape[1])
             media = {"image_grid_thw": image_grid_thw, "video_grid_thw": video_grid_thw}
-            media["second_per_grid_ts"] = second_per_grid_ts
+            # `inputs.to(dtype)` casts them, too; in bfloat16 a long video's patches would share their times.
+            is_tensor = isinstance(second_per_grid_ts, torch.Tensor)
+            media["second_per_grid_ts"] = second_per_grid_ts.float() if is_tensor else second_per_grid_ts
             try:
                 # Of ids upstream takes the shape alone.
                 positions, _ = self.get_rope_index(types.long(), types, attention_mask=is_real, **media)
