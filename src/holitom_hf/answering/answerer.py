@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from transformers import BatchFeature, TextStreamer
+from transformers.video_utils import VideoMetadata
 
 from ..checkpoints.hub import hub_options
 from ..checkpoints.reading import load_whole
@@ -181,14 +182,21 @@ class Answerer:
         except OSError as error:
             raise OSError(f"the model {self.name!r} can't be loaded: {error}") from error
 
-    def prepare(self, video: str | torch.Tensor, question: str, num_frames: int | None = None) -> PreparedQuestion:
+    def prepare(
+        self,
+        video: str | torch.Tensor,
+        question: str,
+        num_frames: int | None = None,
+        metadata: VideoMetadata | None = None,
+    ) -> PreparedQuestion:
         """
         Decodes the video and writes the prompt.
 
         Args:
-            video: Path, URL, or (F, 3, H, W) frames.
+            video: Path, URL, or (F, 3, H, W) frames, which are all taken.
             question: The question.
-            num_frames: Frames to take; `None`: at most the processor's.
+            num_frames: Frames to take of a file; `None`: at most the processor's.
+            metadata: Of the video that frames are of, for a model that is told their times; `None`: not known.
 
         Raises:
             OSError, ValueError: If the video can't be read or has fewer frames.
@@ -196,8 +204,12 @@ class Answerer:
         content = [{"type": "video"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         start = time.perf_counter()
+        if isinstance(video, torch.Tensor):
+            options = {"do_sample_frames": False, "video_metadata": None if metadata is None else [metadata]}
+        else:
+            options = {"num_frames": num_frames}
         features = self.processor(
-            text=text, videos=video, num_frames=num_frames, device=self._preprocessing_device(), return_tensors="pt"
+            text=text, videos=video, device=self._preprocessing_device(), return_tensors="pt", **options
         )
         seconds = {"decode": time.perf_counter() - start}
         return PreparedQuestion(features, frames_of(features, self.processor)[0], seconds=seconds)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
 from ..answering.answerer import Answerer
@@ -133,7 +132,7 @@ def merge_frames(
             "decoder nothing is merged that could be shown"
         )
     model = answerer.model
-    features = _model_inputs(answerer, frames, question, metadata)
+    features = answerer.prepare(frames, question, metadata=metadata).features.to(model.device)
     encoded = encode_videos(model, features, holitom_config=settings)
     del features[PIXELS]
     [tokens] = model.model.video_tokens(encoded)
@@ -178,20 +177,6 @@ def _places_inside(model, merged: MergedVideo, tokens: VideoTokens, input_ids: t
     placeholders = (input_ids == model.config.video_token_id).nonzero()[:, 0]
     # Behind the text that stands before a token, and the tokens before it; dropped placeholders are gone.
     return placeholders[slots] - slots + number
-
-
-def _model_inputs(
-    answerer: Answerer, frames: torch.Tensor, question: str, metadata: VideoMetadata | None
-) -> BatchFeature:
-    """What the processor makes of frames that are all to be taken, and a question, on the model's device."""
-    processor, content = answerer.processor, [{"type": "video"}, {"type": "text", "text": question}]
-    return processor(
-        text=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
-        videos=frames,
-        video_metadata=None if metadata is None else [metadata],
-        do_sample_frames=False,
-        return_tensors="pt",
-    ).to(answerer.model.device)
 
 
 def view_merging(

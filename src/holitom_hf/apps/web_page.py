@@ -156,8 +156,8 @@ class SideBySide:
     def _answer_both(self, video: str, question: str, settings: HoliTomConfig):
         frames, metadata = self._read(video)
         if len(frames) not in self.warm_at:
-            self._warm_up(frames, question, settings)
-        prepared, peak = self._encoded(frames, question)
+            self._warm_up(frames, metadata, question, settings)
+        prepared, peak = self._encoded(frames, metadata, question)
         shown = ["", "", "", ""]
         for column, chosen in ((0, self.plain), (2, settings)):
             for text, figures in self._answer(prepared, chosen, peak):
@@ -185,21 +185,21 @@ class SideBySide:
 
     def warm_up(self, video: str, question: Question) -> None:
         """Before the first visitor, whose video will mostly be as long as this one."""
-        self._warm_up(self._read(video)[0], question.text, self.own)
+        self._warm_up(*self._read(video), question.text, self.own)
 
-    def _warm_up(self, frames: torch.Tensor, question: str, settings: HoliTomConfig) -> None:
+    def _warm_up(self, frames: torch.Tensor, metadata: VideoMetadata, question: str, settings: HoliTomConfig) -> None:
         """Runs both columns once for nothing: the first run at a length would be a slow one, of the first column."""
-        prepared, peak = self._encoded(frames, question)
+        prepared, peak = self._encoded(frames, metadata, question)
         for chosen in (self.plain, settings):
             for _ in self._answer(prepared, chosen, peak):
                 pass
         self.warm_at.add(len(frames))
 
-    def _encoded(self, frames: torch.Tensor, question: str) -> tuple[PreparedQuestion, int]:
+    def _encoded(self, frames: torch.Tensor, metadata: VideoMetadata, question: str) -> tuple[PreparedQuestion, int]:
         """What both columns start from, since the vision tower does the same for both; and the memory it took."""
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        prepared = self.answerer.prepare(frames, question)
+        prepared = self.answerer.prepare(frames, question, metadata=metadata)
         self.answerer.encode(prepared)
         return prepared, torch.cuda.max_memory_allocated() if self.is_cuda else 0
 
