@@ -104,6 +104,15 @@ def test_the_server(answerer, clips, expected):
         assert status == 200, reply
 
 
+def test_what_is_not_there_yet_is_said_in_one_line(folder, tmp_path):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, ["evaluate", "--model", str(folder), "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "evaluate is for LLaVA-OneVision" in result.stderr
+
+
 @torch.inference_mode()
 def test_settings_of_one_answer(answerer, clips):
     prepared = answerer.prepare(str(clips[0]), QUESTIONS[0], num_frames=6)
