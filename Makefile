@@ -30,11 +30,12 @@ test-oldest:
 		transformers==$(OLDEST_TRANSFORMERS)
 	.venv-oldest/bin/python -m pytest --numprocesses auto --dist worksteal
 
-# lmms-eval asks for an older PyAV than we do: in this order ours is what is there in the end.
+# lmms-eval asks for an older PyAV than we do: in this order ours is what is there in the end. Its 0.7.3 reaches into
+# filelock, of which 4 has other modules.
 test-lmms-eval:
 	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check lmms-eval
-	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" "filelock<4"
 	.venv-lmms/bin/python -m pytest tests/apps/test_lmms_eval.py
 
 # transformers' own tests over our classes, from the source distribution of the installed version. Without the Hub: example
