@@ -50,6 +50,7 @@ docs: $(VENV)/.installed
 
 # Everything a maintainer runs before a release, beside `bench`, which needs an idle machine.
 test-all: test test-oldest test-lmms-eval test-upstream docs
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest tests/models/test_fuzzing.py --fuzz-cases 5000
 
 # Before a release, on an idle machine: what got slower since the results in examples/benchmark, which were taken with two

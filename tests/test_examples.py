@@ -46,6 +46,7 @@ def test_many_questions(demo, tmp_path):
     assert lines[2].split("?")[1].strip() in ("yes", "no")
 
 
+@pytest.mark.slow
 def test_many_questions_without_arguments(tmp_path):
     lines = run(sys.executable, EXAMPLES / "many_questions_one_video.py", cwd=tmp_path).splitlines()
     assert len(lines) >= 4
@@ -61,6 +62,7 @@ def test_batch(tmp_path):
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_fine_tuning(tmp_path):
     options = ["--steps", "2", "--batch-size", "4", "--num-tested", "4", "--out", tmp_path / "lora"]
     output = run(sys.executable, EXAMPLES / "fine_tune_lora.py", *options, cwd=tmp_path)
@@ -131,6 +133,7 @@ def test_two_runs_of_lmms_eval_are_compared(tmp_path):
     assert "few: 50.0% -> 50.0% of 2; +1 -1, p = 1: no difference" in output
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_keeps_its_pictures(tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed")
     nbclient = pytest.importorskip("nbclient")

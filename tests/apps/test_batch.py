@@ -558,7 +558,7 @@ time.sleep(30)
         assert read_lines(out)[0] == first
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_neither_loses_nor_repeats(tmp_path, model_folder, videos, num_processes):
     out = tmp_path / "out.jsonl"
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

@@ -758,6 +758,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     assert re.fullmatch(r"error: the path of allowed media '.*none' is no folder\n", result.stderr)
 
 
+@pytest.mark.slow
 def test_upstreams_command_still_does_not_know_our_class(demo, tmp_path):
     """If this fails, `transformers serve` can serve our checkpoints on its own."""
     folder = tmp_path / "model"

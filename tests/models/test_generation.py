@@ -202,7 +202,7 @@ class TestCaches:
         outputs = model.generate(**batch, **MODES[mode], **CACHES[cache](model), max_new_tokens=NEW)
         assert torch.equal(outputs, expected(reference, batch, **MODES[mode], max_new_tokens=NEW))
 
-    @pytest.mark.parametrize("backend", ["quanto", "fp8"])
+    @pytest.mark.parametrize("backend", [pytest.param("quanto", marks=pytest.mark.slow), "fp8"])
     def test_a_quantized_cache_quantizes_the_short_sequence(self, model, upstream, batch, backend):
         pytest.importorskip("optimum.quanto" if backend == "quanto" else "torch")
         config = {"backend": backend}

@@ -195,7 +195,10 @@ def test_attention_runs_in_few_launches_however_many_frames_there_are():
     assert padded < 1.25 * plan.starts[-1]
 
 
-@pytest.mark.parametrize("attention", ["eager", "flex_attention", "sdpa", "stand_in_flash_attention"])
+@pytest.mark.parametrize(
+    "attention",
+    ["eager", pytest.param("flex_attention", marks=pytest.mark.slow), "sdpa", "stand_in_flash_attention"],
+)
 def test_every_attention_gives_the_same(attention):
     if attention.startswith("stand_in"):
         AttentionInterface.register(attention, flash_stand_in)

@@ -195,7 +195,7 @@ def _draw_memory(axis, x: list[float], runs: Sequence[StageResult]) -> None:
     memory = [(value, r.peak_bytes / 2**20) for value, r in zip(x, runs) if r.peak_bytes is not None]
     if memory:
         axis.plot(
-            *zip(*memory), color="tab:brown", marker="o", markersize=5, label="stages 1+2: memory beyond their input"
+            *zip(*memory), color="tab:cyan", marker="o", markersize=5, label="stages 1+2: memory beyond their input"
         )
     inputs = [r.batch_size * r.num_frames * r.tokens_per_frame * r.dim * 4 / 2**20 for r in runs]
     axis.plot(x, inputs, color="black", linestyle="-.", label="their input in float32")

@@ -8,6 +8,8 @@ from .host_numbers import on_device
 
 # On a CPU: frames that are multiplied with each other at once. More would mean more products that nobody needs.
 FRAMES_AT_ONCE = 8
+# The same where each is multiplied with one other: few enough for a processor's cache.
+GUARDED_FRAMES = 2
 # Elsewhere: bytes of converted frames and of their products that exist at once.
 COMPARED_BYTES = 512 * 2**20
 
@@ -191,9 +193,12 @@ def repeats_first(features: torch.Tensor, first: torch.Tensor, threshold: float)
     if threshold >= 1:
         return torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
     is_later = first != torch.arange(len(first), device=first.device)
-    at_once = max(1, COMPARED_BYTES // (12 * features[0].numel()))
-    similarity = [
-        torch.cosine_similarity(frames.float(), features[starts].float(), dim=-1)
-        for frames, starts in zip(features.split(at_once), first.split(at_once))
-    ]
-    return (torch.cat(similarity) > threshold) & is_later[:, None]
+    is_cpu = features.device.type == "cpu"
+    at_once = GUARDED_FRAMES if is_cpu else max(1, COMPARED_BYTES // (12 * features[0].numel()))
+    products, norms = [], []
+    for some, starts in zip(features.split(at_once), first.split(at_once)):
+        frames = some.float()
+        norms.append(torch.linalg.vector_norm(frames, dim=-1).clamp_min(1e-8))
+        products.append((frames * features[starts]).sum(-1))
+    norms = torch.cat(norms)
+    return (torch.cat(products) / (norms * norms[first]) > threshold) & is_later[:, None]
