@@ -3,7 +3,7 @@
 import importlib
 
 from .models.pipeline_task import register_when_pipelines_are_imported
-from .models.registry import backbones
+from .models.registry import public_names
 
 
 __version__ = "0.2.0"
@@ -13,7 +13,7 @@ _MODULE_OF = {
     "HoliTomConfig": "configuration",
     "HoliTomQwen2Model": "models.llava_onevision.modeling",
     "VideoTextToTextPipeline": "models.pipeline",
-} | {name: module for backbone in backbones().values() for name, module in backbone.public_names().items()}
+} | public_names()
 
 __all__ = sorted(_MODULE_OF)
 

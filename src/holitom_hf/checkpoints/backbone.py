@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 # The modules that transformers' Auto classes and pipelines look into, as they are called in every checkpoint.
-CONFIGURATION, MODELING, PROCESSING, PIPELINE = (
+ENTRIES = CONFIGURATION, MODELING, PROCESSING, PIPELINE = tuple(
     f"{name}_holitom" for name in ("configuration", "modeling", "processing", "pipeline")
 )
 PIPELINE_CLASS = "VideoTextToTextPipeline"
@@ -51,24 +51,3 @@ class Backbone:
         """What a checkpoint's `custom_pipelines` says."""
         pipeline = {"impl": f"{PIPELINE}.{PIPELINE_CLASS}", "pt": ["AutoModelForMultimodalLM"], "type": "multimodal"}
         return {PIPELINE_TASK: pipeline}
-
-    def public_names(self) -> dict[str, str]:
-        """The classes, and the modules of the package that they are in."""
-        folder = f"models.{self.model_type}"
-        return {
-            self.config: f"{folder}.configuration",
-            self.model: f"{folder}.modeling",
-            self.generation: f"{folder}.modeling",
-            self.processor: f"{folder}.processing",
-            self.video_processor: f"{folder}.processing",
-        }
-
-    def entry_files(self) -> dict[str, str]:
-        """The modules named above, and the files of the package that become them."""
-        folder = f"models/{self.model_type}"
-        return {
-            CONFIGURATION: f"{folder}/configuration.py",
-            MODELING: f"{folder}/modeling.py",
-            PROCESSING: f"{folder}/processing.py",
-            PIPELINE: "models/pipeline.py",
-        }

@@ -14,7 +14,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from .backbone import Backbone
+from .backbone import ENTRIES, Backbone
 
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,14 @@ SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 @functools.cache
 def flat_package(backbone: Backbone) -> dict[str, str]:
     """The flat modules of a backbone's checkpoints, and their sources."""
-    return flatten(ROOT, {name: ROOT / file for name, file in backbone.entry_files().items()})
+    folder = ROOT / "models" / backbone.model_type
+    files = (
+        folder / "configuration.py",
+        folder / "modeling.py",
+        folder / "processing.py",
+        ROOT / "models/pipeline.py",
+    )
+    return flatten(ROOT, dict(zip(ENTRIES, files)))
 
 
 def flatten(root: Path, entries: dict[str, Path]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .backbone import Backbone
+from .backbone import ENTRIES, Backbone
 
 
 def save_remote_code(save_directory: str | os.PathLike, backbone: Backbone) -> None:
@@ -28,6 +28,6 @@ def carried_modules(backbone: Backbone) -> dict[str, str]:
         return importlib.import_module(".flattening", __package__).flat_package(backbone)
     # As remote code this module lies beside the others, which are flat already. Of those only the ones imported so far
     # are there: importing the model does not bring the processor's. They are then left to the class that does.
-    entries = [here.with_name(f"{name}.py") for name in backbone.entry_files()]
+    entries = [here.with_name(f"{name}.py") for name in ENTRIES]
     files = {Path(f) for e in entries if e.is_file() for f in (e, *get_relative_import_files(e))}
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(files)}

@@ -1,6 +1,6 @@
 """
 The one list of backbones. A new one is a folder beside this file, with `backbone.py`, `configuration.py`,
-`modeling.py` and `processing.py`, and its name here.
+`modeling.py`, `processing.py` and `operations.py`, and its name here.
 """
 
 import importlib
@@ -15,6 +15,17 @@ def backbones() -> dict[str, Backbone]:
     """The backbones by `model_type`; none of their classes is imported."""
     found = [importlib.import_module(f".{folder}.backbone", __package__).BACKBONE for folder in FOLDERS]
     return {backbone.model_type: backbone for backbone in found}
+
+
+def public_names() -> dict[str, str]:
+    """The classes of all backbones, and the modules of the package that they are in."""
+    found = {}
+    for backbone in backbones().values():
+        folder = f"models.{backbone.model_type}"
+        found[backbone.config] = f"{folder}.configuration"
+        found |= dict.fromkeys((backbone.model, backbone.generation), f"{folder}.modeling")
+        found |= dict.fromkeys((backbone.processor, backbone.video_processor), f"{folder}.processing")
+    return found
 
 
 def backbone_class(backbone: Backbone, role: str) -> type:
