@@ -476,7 +476,8 @@ def test_each_limit_is_a_clear_4xx(answerer, demo, limits, status, message):
         got, text, _ = request(port, CHAT, body)
         assert re.search(message, refusal(got, text))
         assert got == status
-        assert request(port, "/health")[0] == 200
+        # The server goes on. (Where a request has a millisecond, this one may need more, too.)
+        assert any(request(port, "/health")[0] == 200 for _ in range(100))
 
 
 def test_a_body_that_never_ends_is_given_up(answerer):
