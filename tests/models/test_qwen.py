@@ -44,9 +44,12 @@ USED_BY = {
 
 
 def pytest_generate_tests(metafunc):
-    """Family by family, and in each settings by settings."""
+    """Family by family, and in each settings by settings; what is compiled takes long, and once is usually enough."""
     if "used" in metafunc.fixturenames:
         pairs = [(family, used) for family in FAMILIES for used in USED_BY.get(family, USED)]
+        if metafunc.cls is TestCompile:
+            slow = pytest.mark.slow
+            pairs = [pytest.param(*pair, marks=slow if pair[1] != "all stages" else ()) for pair in pairs]
         metafunc.parametrize(("family", "used"), pairs, indirect=True, scope="module")
     elif "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES, indirect=True, scope="module")
@@ -579,7 +582,7 @@ class TestTraining:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("which", ["batch", "single"])
+    @pytest.mark.parametrize("which", ["batch", pytest.param("single", marks=pytest.mark.slow)])
     def test_the_decoding_step_compiles_without_a_graph_break(self, model, reference, request, which):
         inputs = request.getfixturevalue(which)
         config = CompileConfig(fullgraph=True, backend="eager")
