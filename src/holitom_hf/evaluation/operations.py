@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..answering.prompts import ExpandedVideo
 from ..answering.savings import Savings
 from ..configuration import HoliTomConfig
 from ..merging.flops import tokens_by_layer
@@ -20,8 +21,8 @@ from ..models.operations import (
     output_layer_flops,
     packed_tower_flops,
     projector_flops,
-    vision_tower_flops,
 )
+from ..models.registry import encoder_operations
 from ..models.vision import HoliTomVideoFeatures
 
 
@@ -32,33 +33,43 @@ class EncodedVideo:
 
     Attributes:
         features: Of the one video, with all that methods may ask for.
+        prompt: What stands for it in prompts.
         encoding: Operations of tower and projector.
         importance: Operations of what the tokens receive of the attention, for settings that need it.
     """
 
     features: HoliTomVideoFeatures
+    prompt: ExpandedVideo
     encoding: float
     importance: float
 
 
-def encoded_video(features: HoliTomVideoFeatures, config, num_frames: int, settings: HoliTomConfig) -> EncodedVideo:
+def encoded_video(
+    features: HoliTomVideoFeatures, config, num_frames: int, settings: HoliTomConfig, prompt: ExpandedVideo
+) -> EncodedVideo:
     """
     An [`EncodedVideo`].
 
     Args:
         features: Of one video.
         config: The model's.
-        num_frames: F.
+        num_frames: F, as they were decoded.
         settings: What the video was encoded with.
+        prompt: What stands for it in prompts.
     """
     vision = config.vision_config
-    if features.rows_by_layer is None:
-        encoding = vision_tower_flops(vision, num_frames) + projector_flops(config, num_frames)
-        return EncodedVideo(features, encoding, importance_flops(vision, num_frames))
-    [rows_by_layer], num_rows = features.rows_by_layer, int(features.computed_patches[0].sum())
-    encoding = packed_tower_flops(vision, rows_by_layer, settings.vision_method)
-    importance = importance_flops(vision, num_frames, int(rows_by_layer[-1].sum()))
-    return EncodedVideo(features, encoding + projector_flops(config, num_frames, num_rows), importance)
+    if features.rows_by_layer is not None:
+        [rows_by_layer], num_rows = features.rows_by_layer, int(features.computed_patches[0].sum())
+        tower = packed_tower_flops(vision, rows_by_layer, settings.vision_method)
+        importance = importance_flops(vision, num_frames, int(rows_by_layer[-1].sum()))
+        return EncodedVideo(features, prompt, tower + projector_flops(config, num_frames, num_rows), importance)
+    size = None
+    if getattr(features, "grids", None):
+        [(_, height, width)] = features.grids
+        size = (height * vision.patch_size, width * vision.patch_size)
+    whole = replace(settings, vision_reuse_layer=None)
+    operations = encoder_operations(config, num_frames, size, whole)
+    return EncodedVideo(features, prompt, operations.vision_tower + operations.projector, operations.importance)
 
 
 def merging_operations(model, video: EncodedVideo, settings: HoliTomConfig, num_text: int) -> float:
