@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..configuration import HoliTomConfig
-from ..merging.flops import prefill_flops, tokens_by_layer
+from ..merging.flops import mlp_width, prefill_flops, tokens_by_layer
 from ..merging.inner import num_inner_kept
 from ..merging.products import segmentation_flops
 from ..merging.registry import METHODS
@@ -202,7 +202,7 @@ def compare_flops(
     if layer is not None:
         inner = outer * (1 - settings.inner_merge_ratio)
     paper = [
-        prefill_flops(layers, text.hidden_size, text.intermediate_size)
+        prefill_flops(layers, text.hidden_size, mlp_width(text))
         for layers in ([total] * depth, tokens_by_layer(outer, inner, layer, depth))
     ]
     return exact[0], exact[1], (paper[0], paper[1])

@@ -27,7 +27,7 @@ from .options import (
 
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
-QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b")
+QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-9b")
 # Options of drawn sets.
 Split = Annotated[
     str,
@@ -96,8 +96,6 @@ def evaluate(
         from ...evaluation.running import evaluate as answer_all
 
         answerer = Answerer(name, device=device, dtype=dtype, hub=hub)
-        if answerer.config.tokens_per_frame is None:
-            raise ValueError(f"evaluate is for LLaVA-OneVision: {answerer.backbone.title} has frames of several sizes")
         own = answerer.config.holitom_config
         given = [*(preset or []), *map(_json_object, settings or [])]
         methods = methods or ([] if given or vision else list(rows.ROWS))
