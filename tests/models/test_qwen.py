@@ -9,8 +9,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
 from holitom_hf import HoliTomConfig
+from holitom_hf.benchmarking.architectures import qwen_architecture
 from holitom_hf.merging.merged_video import TokenKind
-from holitom_hf.models.registry import backbones
+from holitom_hf.models.registry import backbone_class, backbones
 from holitom_hf.models.upstream import CACHE_NAME, cache_of
 
 from .qwen import (
@@ -44,9 +45,12 @@ USED_BY = {
 
 
 def pytest_generate_tests(metafunc):
-    """Family by family, and in each settings by settings."""
+    """Family by family, and in each settings by settings; what is compiled takes long, and once is usually enough."""
     if "used" in metafunc.fixturenames:
         pairs = [(family, used) for family in FAMILIES for used in USED_BY.get(family, USED)]
+        if metafunc.cls is TestCompile:
+            slow = pytest.mark.slow
+            pairs = [pytest.param(*pair, marks=slow if pair[1] != "all stages" else ()) for pair in pairs]
         metafunc.parametrize(("family", "used"), pairs, indirect=True, scope="module")
     elif "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES, indirect=True, scope="module")
@@ -580,7 +584,7 @@ class TestTraining:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("which", ["batch", "single"])
+    @pytest.mark.parametrize("which", ["batch", pytest.param("single", marks=pytest.mark.slow)])
     def test_the_decoding_step_compiles_without_a_graph_break(self, model, reference, request, which):
         inputs = request.getfixturevalue(which)
         config = CompileConfig(fullgraph=True, backend="eager")
@@ -626,3 +630,92 @@ class TestQwen25VL:
         two = lone.inputs_of([lone.prompt(lone.grids[0], 1, lone.grids[1])], lone.videos())
         with pytest.raises(ValueError, match="video_grid_thw and second_per_grid_ts of everything"):
             model(**two | {"second_per_grid_ts": torch.tensor([1.0])})
+
+
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.is_hybrid])
+def hybrid(request) -> Family:
+    return FAMILIES[request.param]
+
+
+class TestStage3BehindFullAttention:
+    def test_other_layers_are_refused_when_a_model_is_made(self, hybrid):
+        """Layers 1 and 3 of 0 to 4 have full attention."""
+        config = hybrid.ours("Config")(**hybrid.values, holitom_config=replace(ON, inner_merge_layer=3))
+        with pytest.raises(ValueError, match=r"inner_merge_layer is 3, but .* choose one of 2, 4, or None"):
+            hybrid.generation(config)
+        config.holitom_config = {"inner_merge_layer": 5}
+        with pytest.raises(ValueError, match="the decoder has 5 layers: choose 1 to 4"):
+            hybrid.generation(config)
+        config.holitom_config = {"inner_method": "none"}
+        hybrid.generation(config)
+
+    @torch.no_grad()
+    def test_of_a_call_they_are_refused_before_the_tower_runs(self, hybrid, monkeypatch):
+        model = hybrid.generation(hybrid.ours("Config")(**hybrid.values, holitom_config=ON)).eval()
+        monkeypatch.setattr(type(model.model.visual), "forward", None)
+        with pytest.raises(ValueError, match="choose one of 2, 4, or None"):
+            model(**CASES["a video"](hybrid), holitom_config={"inner_merge_layer": 1})
+
+    def test_by_default_every_fourth_layer_can_be_followed_but_the_last(self):
+        config = qwen_architecture("qwen3.5-9b")
+        assert config.holitom_config.inner_merge_layer == 20
+        with torch.device("meta"):
+            decoder = backbone_class(config.backbone, "model")(config).language_model
+        decoder.check_layers(28)
+        with pytest.raises(ValueError, match="choose one of 4, 8, 12, 16, 20, 24, 28, or None"):
+            decoder.check_layers(18)
+
+
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.has_experts])
+def with_experts(request) -> Family:
+    return FAMILIES[request.param]
+
+
+class TestExperts:
+    def make(self, family: Family):
+        torch.manual_seed(0)
+        return family.generation(family.ours("Config")(**family.values, holitom_config=ON)).eval()
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("layer", [2, None])
+    @torch.no_grad()
+    def test_router_logits_are_those_of_the_tokens_that_a_layer_sees(self, with_experts, side, layer):
+        """Row by row, of every token that is left, and none of the padding."""
+        model, prompts, videos = self.make(with_experts), with_experts.prompts(), with_experts.videos()
+        asked = {"output_router_logits": True, "holitom_config": replace(ON, inner_merge_layer=layer)}
+        both = model(**with_experts.inputs_of(prompts, videos, side=side), **asked)
+        alone = [model(**with_experts.inputs_of([p], [v]), **asked) for p, v in zip(prompts, videos)]
+        dense = with_experts.values["text_config"].get("mlp_only_layers", ())
+        layers = [index for index in range(5) if index not in dense]
+        for number, index in enumerate(layers):
+            rows = [outputs.router_logits[number] for outputs in alone]
+            records = [cache_of(outputs).compressed_sequence for outputs in alone]
+            for of_row, record in zip(rows, records):
+                seen = record.inner_mask if layer is not None and index >= layer else record.outer_mask
+                assert len(of_row) == seen.sum()
+            found = both.router_logits[number]
+            torch.testing.assert_close(found, torch.cat(rows), atol=with_experts.tolerance, rtol=1e-4)
+
+    @torch.no_grad()
+    def test_the_loss_of_load_balancing_is_over_these(self, with_experts):
+        model = self.make(with_experts)
+        inputs = with_experts.inputs_of(with_experts.prompts(), with_experts.videos())
+        labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] > 0, -100)
+        with_loss = model(**inputs, labels=labels, output_router_logits=True)
+        plain = model(**inputs, labels=labels)
+        assert plain.aux_loss is None
+        probabilities = torch.cat(with_loss.router_logits).softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(2, dim=-1).indices, 1.0)
+        wanted = 4 * (chosen.mean(0) * probabilities.mean(0)).sum()
+        torch.testing.assert_close(with_loss.aux_loss, wanted)
+        coefficient = model.config.text_config.router_aux_loss_coef
+        torch.testing.assert_close(with_loss.loss, plain.loss + coefficient * wanted)
+
+    @torch.no_grad()
+    def test_a_later_turn_has_router_logits_too(self, with_experts):
+        model = self.make(with_experts)
+        first = model(**with_experts.inputs_of(with_experts.prompts(), with_experts.videos()), use_cache=True)
+        cache, question = cache_of(first), torch.stack([with_experts.prompt(4, seed=seed) for seed in (1, 2)])
+        second = model(input_ids=question, cache=cache, output_router_logits=True)
+        assert {len(logits) for logits in second.router_logits} == {8}
+        assert torch.isfinite(second.aux_loss)

@@ -380,6 +380,33 @@ class TestTimes:
             assert "model.language_model.layers.0.linear_attn.in_proj_qkv.weight" in names
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].has_experts], indirect=True)
+class TestExperts:
+    def test_experts_load_in_the_layouts_of_checkpoints(self, family, model, tmp_path):
+        """Qwen3-VL-MoE's are transposed on the Hub; others may have every expert's matrices for themselves."""
+        model.config.save_pretrained(tmp_path)
+        weights = {}
+        for name, value in model.state_dict().items():
+            if not name.endswith(("gate_up_proj", "experts.down_proj")):
+                weights[name] = value.clone()
+            elif family.has_deepstack:
+                weights[name] = value.mT.contiguous()
+            else:
+                parts = {"gate_proj": 0, "up_proj": 1} if name.endswith("gate_up_proj") else {"down_proj": 0}
+                for number, expert in enumerate(value):
+                    for part, place in parts.items():
+                        matrix = expert.chunk(len(parts))[place].clone()
+                        weights[f"{name.rpartition('.')[0]}.{number}.{part}.weight"] = matrix
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        for cls in (family.generation, family.upstream):
+            loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+            assert_whole(info)
+            assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+        loaded, info = family.ours("Model").from_pretrained(tmp_path, output_loading_info=True)
+        assert_whole(info, unexpected=("lm_head.weight",))
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.model.state_dict().items())
+
+
 def write_as_published(folder: Path, model, processor) -> None:
     """
     Qwen2.5-VL as it is on the Hub, where transformers 4 wrote it: the decoder's settings beside all others, weights

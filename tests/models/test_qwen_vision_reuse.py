@@ -22,8 +22,7 @@ from holitom_hf.models.qwen_vl.reuse import encode_changes
 from holitom_hf.models.qwen_vl.vision import QwenVideoFeatures
 
 from . import qwen
-from .qwen import FAMILIES, MERGE, PATCH, Family, media
-from .test_qwen2_5_vl import window_order
+from .qwen import FAMILIES, MERGE, PATCH, Family, media, window_order
 from .test_vision_reuse import flash_stand_in
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from ..merging.flops import mlp_width, prefill_flops, tokens_by_layer
+from ..merging.flops import prefill_flops, tokens_by_layer
+from ..models.operations import mlp_width
 
 
 @dataclass

@@ -13,12 +13,18 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..configuration import HoliTomConfig
-from ..merging.flops import mlp_width, prefill_flops, tokens_by_layer
+from ..merging.flops import prefill_flops, tokens_by_layer
 from ..merging.inner import num_inner_kept
 from ..merging.products import segmentation_flops
 from ..merging.registry import METHODS
 from ..merging.video_tokens import VideoTokens
-from ..models.operations import EncoderOperations, decoder_flops, inner_merging_flops, output_layer_flops
+from ..models.operations import (
+    EncoderOperations,
+    decoder_flops,
+    inner_merging_flops,
+    mlp_width,
+    output_layer_flops,
+)
 from ..models.registry import encoder_operations
 
 

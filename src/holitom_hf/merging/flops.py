@@ -29,11 +29,3 @@ def tokens_by_layer(num_outer: int, num_inner: int, inner_merge_layer: int | Non
     """Tokens that every decoder layer sees: `num_outer` before the layer of stage 3, `num_inner` from it on."""
     first_inner = num_layers if inner_merge_layer is None else inner_merge_layer
     return [num_outer if layer < first_inner else num_inner for layer in range(num_layers)]
-
-
-def mlp_width(text_config) -> int:
-    """Neurons of a layer's MLP, or of all the experts that see one token."""
-    if not getattr(text_config, "num_experts", 0):
-        return text_config.intermediate_size
-    shared = getattr(text_config, "shared_expert_intermediate_size", 0)
-    return text_config.num_experts_per_tok * text_config.moe_intermediate_size + shared

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..merging.flops import mlp_width
 from ..merging.products import segmentation_flops
 from ..merging.vision_methods import REUSE, TOME
 
@@ -141,6 +140,14 @@ def _mlp_flops(text_config, layer: int) -> int:
         return 2 * 3 * dim * text_config.intermediate_size
     has_shared = bool(getattr(text_config, "shared_expert_intermediate_size", 0))  # behind a gate
     return 2 * dim * (num_experts + has_shared + 3 * mlp_width(text_config))
+
+
+def mlp_width(text_config) -> int:
+    """Neurons of a layer's MLP, or of all the experts that see one token."""
+    if not getattr(text_config, "num_experts", 0):
+        return text_config.intermediate_size
+    shared = getattr(text_config, "shared_expert_intermediate_size", 0)
+    return text_config.num_experts_per_tok * text_config.moe_intermediate_size + shared
 
 
 def _head_dim(text_config) -> int:
