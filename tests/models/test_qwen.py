@@ -237,8 +237,9 @@ class TestEncoding:
 
     def test_what_does_not_fit_is_said(self, family, model, upstream, prompts, videos, single):
         title = backbones()[model.config.model_type].title
-        with pytest.raises(ValueError, match=f"vision tower of {title} has 4 layers: choose 1 to 3"):
-            model(**single, holitom_config={"vision_reuse_layer": 4})
+        depth = model.config.vision_config.depth
+        with pytest.raises(ValueError, match=f"vision tower of {title} has {depth} layers: choose 1 to {depth - 1}"):
+            model(**single, holitom_config={"vision_reuse_layer": depth})
         with pytest.raises(ValueError, match="without mm_token_type_ids"):
             model(**{name: value for name, value in single.items() if name != "mm_token_type_ids"})
         with pytest.raises(ValueError, match="without mm_token_type_ids"):
