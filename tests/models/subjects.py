@@ -50,6 +50,10 @@ class LlavaSubject:
         """The plain loop's, (L, vocabulary), of one prompt."""
         return self.plain.logits(ids, [video], settings, prompt_length)
 
+    def positions(self, ids: torch.Tensor, video) -> torch.Tensor:
+        """(L,) or (3, L), of one prompt as upstream counts."""
+        return torch.arange(len(ids))
+
 
 class QwenSubject:
     """A Qwen-VL family; attributes and methods as in [`LlavaSubject`]."""
@@ -81,3 +85,9 @@ class QwenSubject:
 
     def logits(self, ids: torch.Tensor, video, settings, prompt_length: int | None = None) -> torch.Tensor:
         return self.plain.logits(ids, [self.plain.encode(*video, settings)], settings, prompt_length, [video])
+
+    def positions(self, ids: torch.Tensor, video) -> torch.Tensor:
+        inputs = self.inputs([ids], [video])
+        counted = {name: inputs[name] for name in ("video_grid_thw", "second_per_grid_ts") if name in inputs}
+        rope_index = self.plain.upstream.model.get_rope_index
+        return rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **counted)[0][:, 0]
