@@ -192,6 +192,7 @@ PRESETS |= {
 }
 FAST = ("llava-onevision-7b-r15", "llava-onevision-7b-r10", "llava-onevision-0.5b-r15")
 FAST += ("farthest-points-r15", "farthest-points-r10")
+FAST += tuple(f"{model}-r{percent}" for model in ("qwen2.5-vl-7b", "qwen3-vl-8b") for percent in (25, 15))
 PRESETS |= {f"{name}-fast": PRESETS[name] | {"vision_reuse_layer": 2} for name in FAST}
 
 

@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
+from holitom_hf.bundled.questions import read_set
+from holitom_hf.evaluation.methods import method_runs
 
 from ..models.qwen import CHECKPOINTS
 from ..videos import write_video
@@ -104,13 +108,27 @@ def test_the_server(answerer, clips, expected):
         assert status == 200, reply
 
 
-def test_what_is_not_there_yet_is_said_in_one_line(folder, tmp_path):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(
-        app, ["evaluate", "--model", str(folder), "--out", str(tmp_path)]
-    )
-    assert result.exit_code == 1
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "evaluate is for LLaVA-OneVision" in result.stderr
+@torch.inference_mode()
+def test_evaluate(folder, answerer, tmp_path):
+    """Answers are those of one question at a time, operations what torch counts from pixels to the first token."""
+    options = ["--num-questions", 6, "--methods", "holitom", "farthest", "--retention-ratios", 0.3]
+    run("evaluate", "--model", folder, *options, "--dtype", "float32", "--batch-size", 6, "--out", tmp_path)
+    _, *lines = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    questions = {question.id: question for question in read_set(tmp_path / "test-0-6")}
+    runs = {run.name: run for run in method_runs(answerer.config.holitom_config, ["holitom", "farthest"], [0.3])}
+    assert len(lines) == len(questions) * len(runs)
+    for line in lines:
+        question, settings = questions[line["id"]], runs[line["run"]].settings
+        prepared = answerer.prepare(str(tmp_path / "test-0-6" / question.video), question.text)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            answerer.model(**prepared.features, holitom_config=settings, logits_to_keep=1)
+        assert line["operations"] == counter.get_total_flops()
+        answerer.encode(prepared)
+        answer = answerer.generate(prepared, max_new_tokens=8, settings=settings)
+        assert line["answer"] == answer.text
+        assert line["tokens_outer"] == answer.visual_tokens_outer
+    assert len({line["answer"] for line in lines}) > 3
+    assert "| HoliTom" in (tmp_path / "table.md").read_text()
 
 
 @torch.inference_mode()

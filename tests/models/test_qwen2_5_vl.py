@@ -213,8 +213,8 @@ class TestEncoding:
         assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**batch, **GREEDY))
 
     def test_what_does_not_fit_is_said(self, model, single):
-        with pytest.raises(ValueError, match=r"vision tower of Qwen2\.5-VL has no layers that leave patches out"):
-            model(**single, holitom_config={"vision_reuse_layer": 1})
+        with pytest.raises(ValueError, match=r"vision tower of Qwen2\.5-VL has 4 layers: choose 1 to 3"):
+            model(**single, holitom_config={"vision_reuse_layer": 4})
         with pytest.raises(ValueError, match="without mm_token_type_ids"):
             model.generate(**{name: value for name, value in single.items() if name != "mm_token_type_ids"})
         two = inputs_of([make_prompt(GRIDS[0], 1, GRIDS[1])], VIDEOS)

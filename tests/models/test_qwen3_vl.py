@@ -189,8 +189,8 @@ class TestEncoding:
         assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**batch, **GREEDY))
 
     def test_what_does_not_fit_is_said(self, model, upstream, single):
-        with pytest.raises(ValueError, match="vision tower of Qwen3-VL has no layers that leave patches out"):
-            model(**single, holitom_config={"vision_reuse_layer": 1})
+        with pytest.raises(ValueError, match="vision tower of Qwen3-VL has 4 layers: choose 1 to 3"):
+            model(**single, holitom_config={"vision_reuse_layer": 4})
         with pytest.raises(ValueError, match="without mm_token_type_ids"):
             model(**{name: value for name, value in single.items() if name != "mm_token_type_ids"})
         with pytest.raises(ValueError, match="without mm_token_type_ids"):

@@ -1,5 +1,7 @@
 """What a processor made of prompts, on its way to the model, whichever backbone it is for."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from transformers import BatchFeature
@@ -9,6 +11,59 @@ from transformers import BatchFeature
 PIXELS, GRIDS = "pixel_values_videos", "video_grid_thw"
 # Of every token of a prompt, padded with zeros.
 PER_TOKEN = ("mm_token_type_ids",)
+TEXT = ("input_ids", "attention_mask")
+
+
+@dataclass
+class ExpandedVideo:
+    """
+    What a processor wrote into a prompt for its one video, to be written into others.
+
+    Attributes:
+        ids: (N,), placeholders and the text between them.
+        features: What the processor made beside text and pixels.
+    """
+
+    ids: torch.Tensor
+    features: dict
+
+    @classmethod
+    def of(cls, features: BatchFeature, text: str, processor) -> "ExpandedVideo":
+        """
+        Takes it out of a prompt.
+
+        Args:
+            features: What the processor made of the prompt.
+            text: The prompt, with one placeholder.
+            processor: Which one.
+        """
+        around, place = _tokens_around(text, processor)
+        ids = features["input_ids"][0].cpu()
+        whole = ids[place : len(ids) - (len(around) - place - 1)]
+        others = {name: value for name, value in features.items() if name not in (*PER_TOKEN, *TEXT, PIXELS)}
+        return cls(whole, others)
+
+    def prompt(self, text: str, processor) -> BatchFeature:
+        """
+        Another prompt about the video, as the processor would make it, but for the pixels.
+
+        Args:
+            text: With one placeholder, between tokens that are not merged with those beside them.
+            processor: The same.
+        """
+        around, place = _tokens_around(text, processor)
+        ids = torch.cat([around[:place], self.ids, around[place + 1 :]])[None]
+        features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in processor.model_input_names:
+            features["mm_token_type_ids"] = 2 * (ids == processor.video_token_id).int()
+        return BatchFeature(features | self.features)
+
+
+def _tokens_around(text: str, processor) -> tuple[torch.Tensor, int]:
+    """The tokens of a prompt with one placeholder, and where that is."""
+    ids = processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
+    [place] = (ids == processor.video_token_id).nonzero()[:, 0].tolist()
+    return ids, place
 
 
 def frames_of(features: BatchFeature, processor) -> list[int]:
@@ -52,7 +107,7 @@ def joined_prompts(rows: list[BatchFeature], tokenizer) -> BatchFeature:
     ids = [row["input_ids"][0].tolist() for row in rows]
     features = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
     length = features["input_ids"].shape[1]
-    for name in rows[0].keys() - {"input_ids", "attention_mask"}:
+    for name in rows[0].keys() - set(TEXT):
         values = [row[name] for row in rows]
         if name in PER_TOKEN:
             features[name] = torch.cat([F.pad(value, (length - value.shape[1], 0)) for value in values])

@@ -24,8 +24,15 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
 
 
-def tiny_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer of some hundred tokens with Qwen2's special tokens."""
+def tiny_tokenizer(special_tokens=SPECIAL_TOKENS, texts: tuple[str, ...] = (), **names: str) -> Qwen2Tokenizer:
+    """
+    A byte-level BPE tokenizer of some hundred tokens with Qwen2's special tokens.
+
+    Args:
+        special_tokens: Which.
+        texts: To learn more tokens from than those of the questions.
+        names: The special tokens of media, by the names that processors have for them.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,14 +42,14 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*vocabulary_texts(), "user assistant system"], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.train_from_iterator([*vocabulary_texts(), "user assistant system", *texts], trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
     return Qwen2Tokenizer(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+        extra_special_tokens=names or {"image_token": "<image>", "video_token": "<video>"},
     )
 
 

@@ -5,21 +5,22 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from transformers import BatchFeature
 
 from ..answering.answerer import Answerer
+from ..answering.prompts import PIXELS, ExpandedVideo, encode_videos, frames_of, joined_prompts
 from ..answering.savings import row_savings
 from ..bundled.questions import VideoQuestion
 from ..configuration import HoliTomConfig
 from ..models.upstream import cache_of
 from ..models.vision import HoliTomVideoFeatures
 from .methods import Run
-from .operations import EncodedVideo, encoded_video, first_token_operations, merging_operations
+from .operations import EncodedVideo, counted, encoded_video, first_token_operations, merging_operations
 
 
 @dataclass
@@ -160,12 +161,12 @@ def evaluate(
         pending = [(run, [q for q in batch if (run.name, q.id) not in done]) for run in runs]
         if not any(missing for _, missing in pending):
             continue
-        pixels, encoded = _pixels(answerer, folder, batch), {}
+        decoded, encoded = _decode(answerer, folder, batch), {}
         for run, missing in pending:
             if missing:
                 how = tuple(_vision_fields(run.settings).items())
                 if how not in encoded:
-                    encoded[how] = _encode(answerer, pixels, run.settings)
+                    encoded[how] = _encode(answerer, decoded, run.settings)
                 file.add(_answer(answerer, run, missing, encoded[how], max_new_tokens, counted))
     return [result for result in file.results if settings.get(result.run) == result.settings]
 
@@ -194,16 +195,15 @@ def _batches(questions: list[VideoQuestion], batch_size: int) -> Iterator[list[V
         yield batch
 
 
-def _pixels(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, torch.Tensor]:
-    """Every video's frames, (1, F, 3, H, W)."""
-    processor, model = answerer.processor.video_processor, answerer.model
-    numbers = {question.video: question.num_frames for question in questions}
-    return {
-        video: processor(str(folder / video), num_frames=num_frames, return_tensors="pt")["pixel_values_videos"].to(
-            model.device, model.dtype
-        )
-        for video, num_frames in numbers.items()
-    }
+def _decode(answerer: Answerer, folder: Path, questions: list[VideoQuestion]) -> dict[str, tuple]:
+    """For every video its pixels, and what the processor writes into prompts for it."""
+    decoded = {}
+    for question in questions:
+        if question.video not in decoded:
+            features = answerer.prepare(str(folder / question.video), question.text, question.num_frames).features
+            prompt = ExpandedVideo.of(features, _text(answerer, question, None), answerer.processor)
+            decoded[question.video] = features[PIXELS], prompt
+    return decoded
 
 
 def _vision_fields(settings: HoliTomConfig) -> dict:
@@ -211,25 +211,33 @@ def _vision_fields(settings: HoliTomConfig) -> dict:
     return {name: value for name, value in settings.to_dict().items() if name.startswith("vision_")}
 
 
-def _encode(answerer: Answerer, pixels: dict[str, torch.Tensor], settings: HoliTomConfig) -> dict[str, EncodedVideo]:
+def _encode(answerer: Answerer, decoded: dict[str, tuple], settings: HoliTomConfig) -> dict[str, EncodedVideo]:
     """Every video through the tower as the settings have it, with what any method may ask for."""
     settings, model, encoded = HoliTomConfig(retention_ratio=0.5, **_vision_fields(settings)), answerer.model, {}
-    for video, frames in pixels.items():
-        features = model.get_video_features(
-            frames, vision_batch_size=32, holitom_config=settings, return_vision_states=False, return_dict=True
-        )
-        encoded[video] = encoded_video(features, model.config, frames.shape[1], settings)
+    for video, (pixels, prompt) in decoded.items():
+        inputs = BatchFeature(prompt.features | {PIXELS: pixels.to(model.device, model.dtype)})
+        [num_frames] = frames_of(inputs, answerer.processor)
+        encode = partial(_features, model, inputs)
+        encoded[video] = encoded_video(encode, model.config, num_frames, settings, prompt)
     return encoded
+
+
+def _features(model, inputs: BatchFeature, settings: HoliTomConfig) -> HoliTomVideoFeatures:
+    return encode_videos(model, inputs, vision_batch_size=32, holitom_config=settings)
 
 
 def _together(encoded: dict[str, EncodedVideo], questions: list[VideoQuestion]) -> HoliTomVideoFeatures:
     """The questions' videos as one output of the tower, one entry a question."""
     videos = [encoded[question.video].features for question in questions]
-    return HoliTomVideoFeatures(
-        pooler_output=[video.pooler_output[0] for video in videos],
-        importance=[video.importance[0] for video in videos],
-        attention_keys=[video.attention_keys[0] for video in videos],
-    )
+    fields = {
+        name: [getattr(video, name)[0] for video in videos]
+        for name in ("pooler_output", *videos[0].per_video)
+        if getattr(videos[0], name) is not None
+    }
+    if getattr(videos[0], "deepstack_features", None):
+        layers = zip(*(video.deepstack_features for video in videos))
+        fields["deepstack_features"] = [[of_video for [of_video] in layer] for layer in layers]
+    return type(videos[0])(**fields)
 
 
 def _conversation(question: VideoQuestion, first_answer: str | None) -> list[dict]:
@@ -242,17 +250,19 @@ def _conversation(question: VideoQuestion, first_answer: str | None) -> list[dic
     return messages
 
 
-def _prompts(answerer, questions, encoded, first_answers: list[str | None]) -> dict[str, torch.Tensor]:
-    """Left-padded prompts with a placeholder for every token of the encoded videos."""
-    processor, tokenizer = answerer.processor, answerer.processor.tokenizer
-    texts = []
-    for question, first_answer in zip(questions, first_answers):
-        text = processor.apply_chat_template(_conversation(question, first_answer), add_generation_prompt=True)
-        num_tokens = len(encoded[question.video].features.pooler_output[0])
-        texts.append(text.replace(processor.video_token, processor.video_token * num_tokens))
-    tokenizer.padding_side = "left"
-    inputs = tokenizer(texts, padding=True, return_tensors="pt").to(answerer.model.device)
-    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+def _text(answerer: Answerer, question: VideoQuestion, first_answer: str | None) -> str:
+    messages = _conversation(question, first_answer)
+    return answerer.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def _prompts(answerer, questions, encoded, first_answers: list[str | None]) -> BatchFeature:
+    """Left-padded prompts with what the processor wrote for the videos; without their pixels."""
+    processor = answerer.processor
+    rows = [
+        encoded[question.video].prompt.prompt(_text(answerer, question, first_answer), processor)
+        for question, first_answer in zip(questions, first_answers)
+    ]
+    return joined_prompts(rows, processor.tokenizer).to(answerer.model.device)
 
 
 def _generate(answerer, run: Run, questions, encoded, first_answers, max_new_tokens):
@@ -323,12 +333,8 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
 
 def _count(answerer, run: Run, question: VideoQuestion, encoded, first_answer: str | None) -> float:
     """Operations of merging, decoder and one output token as torch counts them."""
-    # The counter knows no fused attention on CPUs: the plain one is made of products that it knows.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        answerer.model(
-            **_prompts(answerer, [question], encoded, [first_answer]),
-            mm_encoder_outputs={"video": _together(encoded, [question])},
-            holitom_config=run.settings,
-            logits_to_keep=1,
-        )
-    return float(counter.get_total_flops())
+    inputs = _prompts(answerer, [question], encoded, [first_answer])
+    together = {"video": _together(encoded, [question])}
+    return counted(
+        lambda: answerer.model(**inputs, mm_encoder_outputs=together, holitom_config=run.settings, logits_to_keep=1)
+    )

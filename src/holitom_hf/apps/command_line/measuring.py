@@ -100,8 +100,6 @@ def evaluate(
         from ...evaluation.running import evaluate as answer_all
 
         answerer = Answerer(name, device=device, dtype=dtype, hub=hub)
-        if answerer.config.tokens_per_frame is None:
-            raise ValueError(f"evaluate is for LLaVA-OneVision: {answerer.backbone.title} has frames of several sizes")
         own = answerer.config.holitom_config
         given = [*(preset or []), *map(_json_object, settings or [])]
         methods = methods or ([] if given or vision else list(rows.ROWS))

@@ -32,7 +32,7 @@ class Batch:
         trends: Per clip, as [`trend_labels`] gives them.
         questions: Per clip, as many for each.
         layout: "video" or "images".
-        stretch: Factor on the visual tokens' positions.
+        stretch: Factor on the visual tokens' positions, or on the times before them.
     """
 
     frames: np.ndarray
@@ -43,8 +43,17 @@ class Batch:
     stretch: float = 1.0
 
 
+def told_frames(num_frames: int, frames_per_token: int) -> np.ndarray:
+    """Which frames labels tell about: the last of those that share tokens."""
+    return np.minimum(
+        np.arange(frames_per_token - 1, num_frames + frames_per_token - 1, frames_per_token), num_frames - 1
+    )
+
+
 class SingleFrames(IterableDataset):
-    """Frames of random clips for the vision tower."""
+    """Frames of random clips for the vision tower, two of a clip."""
+
+    frames_per_token = 1
 
     def __init__(self, batch_size: int, start: int, rank: int = 0):
         self.batch_size, self.start, self.rank = batch_size, start, rank
@@ -56,16 +65,41 @@ class SingleFrames(IterableDataset):
             frames, labels = [], []
             for _ in range(self.batch_size // 2):
                 clip = random_clip(random)
-                times = np.sort(random.uniform(0, 1, 2))
+                times = self.times(random)
+                told = told_frames(len(times), self.frames_per_token)
                 masks = clip.masks(times, SIDE)
                 frames.append(clip.render(times, SIDE, masks))
-                labels.append((patch_labels(clip, times, masks, GRID), patch_labels(clip, times, masks, GRID // 2)))
+                labels.append(tuple(patch_labels(clip, times[told], masks[told], grid) for grid in (GRID, GRID // 2)))
             yield Batch(np.stack(frames), labels)
             step += 1
 
+    def times(self, random: np.random.Generator) -> np.ndarray:
+        """When the frames of a clip are, ascending."""
+        return np.sort(random.uniform(0, 1, 2))
+
+
+class PairedFrames(SingleFrames):
+    """Two pairs of frames of every clip, those of a pair near each other or the same, for towers that see pairs."""
+
+    frames_per_token = 2
+
+    def times(self, random: np.random.Generator) -> np.ndarray:
+        """Overrides SingleFrames.times."""
+        first = np.sort(random.uniform(0, 1, 2))
+        return np.stack([first, np.minimum(first + random.choice((0, 1 / 32, 1 / 16, 1 / 8)), 1)], 1).flatten()
+
 
 class QuestionedClips(IterableDataset):
-    """Clips with questions; batches hold about as many tokens each, whatever their layout."""
+    """
+    Clips with questions; batches hold about as many tokens each, whatever their layout.
+
+    Attributes:
+        frames_per_token: Frames that share tokens.
+        image_grid: Tokens of a side of an image.
+        frame_text: About as many tokens of text stand with every frame's.
+    """
+
+    frames_per_token, image_grid, frame_text = 1, GRID, 0
 
     def __init__(self, start: int, num_steps: int, rank: int = 0, num_tokens: int = 2600, num_questions: int = 10):
         self.start, self.num_steps, self.rank = start, num_steps, rank
@@ -92,8 +126,10 @@ class QuestionedClips(IterableDataset):
     def draw(self, step: int) -> Batch:
         """One batch. All ranks have the same layout and their own clips."""
         layout, num_frames, stretch = self.layout(step)
-        per_frame = 196 if layout == "images" else 49
-        size = max(2, round(self.num_tokens / (num_frames * per_frame + 18 * self.num_questions)))
+        grid = self.image_grid if layout == "images" else GRID // 2
+        per_token = 1 if layout == "images" else self.frames_per_token
+        num_visual = len(told_frames(num_frames, per_token)) * (grid**2 + self.frame_text)
+        size = max(2, round(self.num_tokens / (num_visual + 18 * self.num_questions)))
         batch = Batch(np.empty(0), [], layout=layout, stretch=stretch)
         random = np.random.default_rng((TRAIN_SEEDS, 2, step, self.rank))
         frames = []
@@ -113,8 +149,20 @@ class QuestionedClips(IterableDataset):
             batch.questions.append((questions * repeats)[: self.num_questions])
             masks = clip.masks(times, SIDE)
             frames.append(clip.render(times, SIDE, masks))
-            labels = patch_labels(clip, times, masks, GRID if layout == "images" else GRID // 2)
-            batch.labels.append(labels)
-            batch.trends.append(trend_labels(clip, times, labels.index))
+            labels, told = patch_labels(clip, times, masks, grid), told_frames(num_frames, per_token)
+            batch.trends.append(tuple(part[told] for part in trend_labels(clip, times, labels.index)))
+            batch.labels.append(labels.at(told))
         batch.frames = np.stack(frames)
         return batch
+
+
+class PairedClips(QuestionedClips):
+    """Clips for models whose tokens are of two frames each, with a time before them, and of images as many."""
+
+    frames_per_token, image_grid, frame_text = 2, GRID // 2, 9
+
+    def layout(self, step: int) -> tuple[str, int, float]:
+        """Overrides QuestionedClips.layout: times are stretched, always."""
+        layout, num_frames, _ = super().layout(step)
+        stretch = np.random.default_rng((TRAIN_SEEDS, 4, step)).uniform(np.log(0.25), np.log(4))
+        return layout, num_frames, float(np.exp(stretch))

@@ -45,11 +45,15 @@ def _without_code(content):
     return {name: _without_code(value) for name, value in content.items() if name not in CODE_ENTRIES}
 
 
-def main(folder: Annotated[Path, typer.Argument(help="What the training command wrote into.")]) -> None:
-    """Replaces the bundled model, and the log of its training."""
-    bundle(folder / "model", BUNDLED_MODEL)
-    shutil.copyfile(folder / "log.jsonl", Path(__file__).with_name("log.jsonl"))
-    typer.echo(f"Wrote {BUNDLED_MODEL}.")
+def main(
+    folder: Annotated[Path, typer.Argument(help="What the training command wrote into.")],
+    target: Annotated[Path, typer.Option(help="Folder to replace.")] = BUNDLED_MODEL,
+) -> None:
+    """Replaces the bundled model, or another one, and the log of its training."""
+    bundle(folder / "model", target)
+    log = Path(__file__) if target == BUNDLED_MODEL else target / "log.jsonl"
+    shutil.copyfile(folder / "log.jsonl", log.with_name("log.jsonl"))
+    typer.echo(f"Wrote {target}.")
 
 
 if __name__ == "__main__":

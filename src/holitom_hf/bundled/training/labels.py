@@ -34,6 +34,11 @@ class PatchLabels:
     covered: np.ndarray
     names: list[str]
 
+    def at(self, frames: np.ndarray) -> "PatchLabels":
+        """Of some frames only."""
+        values = {name: value if name == "names" else value[frames] for name, value in vars(self).items()}
+        return PatchLabels(**values)
+
 
 def patch_labels(clip: Clip, times: np.ndarray, masks: np.ndarray, grid: int) -> PatchLabels:
     """Labels of a (grid, grid) raster from the shapes' (F, K, side, side) coverage."""

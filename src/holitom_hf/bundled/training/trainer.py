@@ -1,10 +1,10 @@
-"""Both phases of the training, their checkpoints and their log."""
+"""Both phases of the training, their checkpoints and their log; what is special to a family are hooks."""
 
 import json
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,40 +16,44 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-from ...models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
-from ...models.llava_onevision.processing import HoliTomProcessor
 from ...models.upstream import CACHE_NAME, cache_of
 from ..questions import NUM_FRAMES, QUESTION_TYPES, draw_set, uniform_times
 from ..scenes import random_clip
-from ..tiny_model import tiny_model, tiny_processor
 from .batches import TRAIN_SEEDS, Batch, QuestionedClips, SingleFrames
 from .heads import PatchHeads, SubjectHeads, TrendHeads
-from .labels import GRID, SIDE, places_of
+from .labels import SIDE, places_of
 
 
 DENSE_LAYER = 4  # layer whose input tells, for every video token, what the shape under it has done
 LOOK_LAYER = 4  # layer in which the question's last token looks at the shapes that are asked about
-VISUAL_SCALE = 0.1  # standard deviation of visual tokens; text starts from tiny_model's initializer_range
+VISUAL_SCALE = 0.1  # standard deviation of visual tokens; text starts from the model's initializer_range
 LOOK_WEIGHT = 1.0
 SUBJECT_WEIGHT = 1.0
 TYPE_WEIGHTS = {"motion": 4.0, "scene order": 3.0, "relation": 2.0, "change": 2.0, "appearance order": 1.5}
 SAVE_EVERY = 100  # steps
 
 
-def grid_waves(side: int, dim: int) -> torch.Tensor:
-    """
-    (side * side, dim) sines and cosines of rows and columns, where learned positions start from: drawn small at
-    random they take a thousand steps to become louder than the pixels, and no shape is learned before.
-    """
-    place = torch.arange(side) / side
-    frequency = torch.pi * torch.logspace(-0.3, 0.9, dim // 4)
-    waves = torch.cat([(place[:, None] * frequency).sin(), (place[:, None] * frequency).cos()], 1)  # (side, dim / 2)
-    grid = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], -1)
-    return 0.7 * grid.flatten(0, 1)
-
-
 def _loader(dataset: IterableDataset) -> DataLoader:
     return DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4, persistent_workers=True)
+
+
+@dataclass
+class Prefix:
+    """
+    What stands before the questions of B clips.
+
+    Attributes:
+        embeds: (B, P, dim).
+        visual: (V,) which of the P are visual tokens; among them one behind every image, or behind the video, that
+            stands for "nothing of it".
+        positions: (A, P) on every axis.
+        decoder_inputs: Further arguments of the decoder.
+    """
+
+    embeds: torch.Tensor
+    visual: torch.Tensor
+    positions: torch.Tensor
+    decoder_inputs: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -61,9 +65,9 @@ class Forwarded:
         logits: (T, vocabulary) at the T tokens before those of the answers.
         labels: (T,) the answers' tokens.
         row: (T,) the question each belongs to.
-        dense: (B, V, dim) states of the visual tokens, newlines included, before DENSE_LAYER.
-        seen, seen_positions: The same before LOOK_LAYER, and (V,) their positions.
-        asking, asking_positions: (Q, dim) states of the last tokens before the answers there, (Q,) their positions.
+        dense: (B, V, dim) states of the visual tokens, as in [`Prefix`], before DENSE_LAYER.
+        seen, seen_positions: The same before LOOK_LAYER, and (A, V) their positions.
+        asking, asking_positions: (Q, dim) states of the last tokens before the answers there, (A, Q) their positions.
         found: (Q, dim) their states after it.
     """
 
@@ -84,14 +88,56 @@ class Forwarded:
 
 
 def _along_tokens(places: np.ndarray, layout: str, num_tokens: int) -> np.ndarray:
-    """(V,) from (F, N) bool: the newlines, behind every image or behind the video, are not among them."""
+    """(V,) from (F, N) bool: what stands behind every image, or behind the video, is not among them."""
     if layout == "images":
         places = np.pad(places, ((0, 0), (0, 1)))
     return np.pad(places.flatten(), (0, num_tokens - places.size))
 
 
 class Trainer:
-    """Both phases, their checkpoints and their log."""
+    """
+    Both phases, their checkpoints and their log.
+
+    What is special to a family are these hooks: [`make`], [`vision_parts`], [`vision_loss`], [`projections`],
+    [`freeze`], [`prefix`], [`frames`], [`clips`] and the text around a question.
+
+    Attributes:
+        question: Text of a question and what stands behind it, to be formatted with `text`.
+    """
+
+    question = "\n{text}<|im_end|><|im_start|>assistant\n"
+
+    def make(self):
+        """The processor, and a model of its own with random weights."""
+        raise NotImplementedError
+
+    def vision_parts(self) -> list[nn.Module]:
+        """What learns in the first phase."""
+        raise NotImplementedError
+
+    def vision_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """What the first phase makes smaller, and figures for the log."""
+        raise NotImplementedError
+
+    def projections(self, frames: np.ndarray) -> list[tuple[nn.Linear, torch.Tensor]]:
+        """The last maps before the decoder, and what they make of (F, 112, 112, 3) frames."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Takes from the second phase what the first has taught."""
+        raise NotImplementedError
+
+    def prefix(self, batch: Batch) -> Prefix:
+        """What stands before the questions of a batch."""
+        raise NotImplementedError
+
+    def frames(self) -> SingleFrames:
+        """The dataset of the first phase, from this step on."""
+        return SingleFrames(64 // self.num_processes, self.step, self.rank)
+
+    def clips(self) -> QuestionedClips:
+        """The dataset of the second phase, from this step on."""
+        return QuestionedClips(self.step, self.answer_steps, self.rank)
 
     def __init__(
         self,
@@ -110,13 +156,8 @@ class Trainer:
         self.learning_rates = {"vision": learning_rate, "answers": answer_learning_rate}
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
-        self.processor: HoliTomProcessor = tiny_processor()
-        self.model: HoliTomLlavaOnevisionForConditionalGeneration = tiny_model(self.processor.tokenizer).to(
-            self.device
-        )
-        with torch.no_grad():
-            embedding = self.model.model.vision_tower.embeddings.position_embedding.weight
-            embedding.copy_(grid_waves(GRID, embedding.shape[1]))
+        self.processor, self.model = self.make()
+        self.model.to(self.device)
         dim = self.model.config.text_config.hidden_size
         self.heads = nn.ModuleDict(
             {"patch": PatchHeads(dim), "trend": TrendHeads(dim), "subject": SubjectHeads(dim)}
@@ -205,38 +246,20 @@ class Trainer:
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(line + "\n")
 
-    def _pixels(self, frames: np.ndarray) -> torch.Tensor:
-        """(N, 3, 112, 112) as the processor would make them of frames of this size."""
-        video = self.processor.video_processor
-        pixels = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).float() / 255
-        mean, std = (
-            torch.tensor(values, device=self.device)[:, None, None] for values in (video.image_mean, video.image_std)
-        )
-        return (pixels - mean) / std
-
-    def _patch_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        model = self.model.model
-        hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
-        return model.multi_modal_projector(hidden)
-
     def train_vision(self, stop_at: int | None = None) -> None:
         """The first phase, or as much of it as lies before step `stop_at`."""
-        model = self.model.model
-        parts = (model.vision_tower, model.multi_modal_projector, self.heads["patch"])
+        parts = [*self.vision_parts(), self.heads["patch"]]
         self._start([p for part in parts for p in part.parameters()])
-        for batch in _loader(SingleFrames(64 // self.num_processes, self.step, self.rank)):
+        for batch in _loader(self.frames()):
             if self.step == stop_at:
                 return
             if self.step >= self.vision_steps:
                 break
             start = time.perf_counter()
-            features = self._patch_features(self._pixels(batch.frames.reshape(-1, SIDE, SIDE, 3)))
-            pooled = model.apply_pooling(features)
-            fine, _ = self.heads["patch"](features, [labels[0] for labels in batch.labels])
-            coarse, metrics = self.heads["patch"](pooled, [labels[1] for labels in batch.labels])
-            self._update(fine + coarse, self.vision_steps)
+            loss, metrics = self.vision_loss(batch)
+            self._update(loss, self.vision_steps)
             self.seconds += time.perf_counter() - start
-            self._log(50, {"loss": (fine + coarse).item(), **metrics})
+            self._log(50, {"loss": loss.item(), **metrics})
             if self.step % SAVE_EVERY == 0:
                 self.save()
         self.model.load_state_dict(self.average)
@@ -248,49 +271,37 @@ class Trainer:
     @torch.no_grad()
     def match_scales(self) -> None:
         """
-        Scales the projector's output to the size of the decoder's embeddings. Much larger, the decoder's layers would
-        add nothing to it that is heard, for as long as their weights are small.
+        Scales what goes into the decoder to the size of its embeddings. Much larger, the decoder's layers would add
+        nothing to it that is heard, for as long as their weights are small.
         """
         random = np.random.default_rng((TRAIN_SEEDS, 3))
         frames = np.concatenate([random_clip(random).render(uniform_times(2), SIDE) for _ in range(16)])
-        projector = self.model.model.multi_modal_projector
-        size = self._patch_features(self._pixels(frames)).std()
-        for parameter in projector.linear_2.parameters():
-            parameter.mul_(VISUAL_SCALE / size)
+        for projection, features in self.projections(frames):
+            for parameter in projection.parameters():
+                parameter.mul_(VISUAL_SCALE / features.std())
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-    def _embed(self, text: str) -> torch.Tensor:
+    def embed(self, text: str) -> torch.Tensor:
+        """(1, L, dim) of a text's tokens."""
         ids = self.processor.tokenizer(text, return_tensors="pt")["input_ids"].to(self.device)
         return self.model.get_input_embeddings()(ids)
 
-    def _prefix(self, batch: Batch) -> tuple[torch.Tensor, slice]:
-        """(B, P, dim) what stands before the question, and where the visual tokens are."""
-        batch_size, num_frames = batch.frames.shape[:2]
-        model = self.model.model
-        with torch.no_grad():
-            features = self._patch_features(self._pixels(batch.frames.reshape(-1, SIDE, SIDE, 3)))
-            features = features if batch.layout == "images" else model.apply_pooling(features)
-        features = features.view(batch_size, num_frames, *features.shape[1:])
-        newline = model.image_newline.expand(batch_size, 1, -1)
-        if batch.layout == "images":
-            visual = torch.cat([torch.cat([frame, newline], 1) for frame in features.unbind(1)], 1)
-        else:
-            visual = torch.cat([features.flatten(1, 2), newline], 1)
-        start = self._embed("<|im_start|>user ").expand(batch_size, -1, -1)
-        return torch.cat([start, visual], 1), slice(start.shape[1], start.shape[1] + visual.shape[1])
+    def decoder_positions(self, positions: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Positions (A, L) as the decoder takes them for some rows that are alike."""
+        positions = positions[:, None].expand(-1, batch_size, -1)
+        return positions[0] if len(positions) == 1 else positions
 
     def answer_logits(self, batch: Batch) -> "Forwarded":
         """Runs a batch: every clip once, its questions behind it, each as if it were the only one."""
-        prefix, visual = self._prefix(batch)
-        step = torch.ones(prefix.shape[1], device=self.device)
-        step[visual] = batch.stretch
-        positions = step.cumsum(0) - 1
+        prefix = self.prefix(batch)
+        visual, positions, length = prefix.visual, prefix.positions, prefix.embeds.shape[1]
         decoder = self.model.model.language_model
         outputs = decoder(
-            inputs_embeds=prefix,
-            position_ids=positions[None].expand(len(prefix), -1),
+            inputs_embeds=prefix.embeds,
+            position_ids=self.decoder_positions(positions, len(prefix.embeds)),
             use_cache=True,
             output_hidden_states=True,
+            **prefix.decoder_inputs,
         )
         cache = cache_of(outputs)
         cache.batch_repeat_interleave(len(batch.questions[0]))
@@ -298,22 +309,21 @@ class Trainer:
         tokenizer = self.processor.tokenizer
         rows, answers = [], []
         for question in (question for asked in batch.questions for question in asked):
-            text = f"\n{question.text}<|im_end|><|im_start|>assistant\n"
-            rows.append(tokenizer(text)["input_ids"])
+            rows.append(tokenizer(self.question.format(text=question.text))["input_ids"])
             answers.append(tokenizer(question.answer + "<|im_end|>")["input_ids"])
-        length = max(len(row) + len(answer) for row, answer in zip(rows, answers))
-        ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-        labels = torch.full((len(rows), length), -100)
+        num_new = max(len(row) + len(answer) for row, answer in zip(rows, answers))
+        ids = torch.full((len(rows), num_new), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), num_new), -100)
         for number, (row, answer) in enumerate(zip(rows, answers)):
             ids[number, : len(row) + len(answer)] = torch.tensor(row + answer)
             labels[number, len(row) - 1 : len(row) + len(answer) - 1] = torch.tensor(answer)
         ids, labels = ids.to(self.device), labels.to(self.device)
-        later = positions[-1] + 1 + torch.arange(length, device=self.device)
-        is_real = torch.cat([ids.new_ones(len(ids), prefix.shape[1]), (ids != tokenizer.pad_token_id).long()], 1)
+        later = positions[:, -1:] + 1 + torch.arange(num_new, device=self.device)
+        is_real = torch.cat([ids.new_ones(len(ids), length), (ids != tokenizer.pad_token_id).long()], 1)
         answered = decoder(
             inputs_embeds=self.model.get_input_embeddings()(ids),
             attention_mask=is_real,
-            position_ids=later[None].expand(len(ids), -1),
+            position_ids=self.decoder_positions(later, len(ids)),
             use_cache=True,
             output_hidden_states=True,
             **{CACHE_NAME: cache},
@@ -326,9 +336,9 @@ class Trainer:
             row=row,
             dense=outputs.hidden_states[DENSE_LAYER][:, visual],
             seen=outputs.hidden_states[LOOK_LAYER][:, visual],
-            seen_positions=positions[visual],
+            seen_positions=positions[:, visual],
             asking=answered.hidden_states[LOOK_LAYER][torch.arange(len(rows)), last],
-            asking_positions=later[last],
+            asking_positions=later[:, last],
             found=answered.hidden_states[LOOK_LAYER + 1][torch.arange(len(rows)), last],
         )
 
@@ -344,17 +354,18 @@ class Trainer:
     def look_loss(self, batch: Batch, forwarded: "Forwarded") -> torch.Tensor:
         """How far the heads of the last token before an answer look away from what is asked about."""
         decoder = self.model.model.language_model
-        layer, head_dim = decoder.layers[LOOK_LAYER], decoder.layers[LOOK_LAYER].self_attn.head_dim
-        queries = layer.self_attn.q_proj(layer.input_layernorm(forwarded.asking)).unflatten(-1, (-1, head_dim))
-        keys = layer.self_attn.k_proj(layer.input_layernorm(forwarded.seen)).unflatten(-1, (-1, head_dim))
-        num_heads = queries.shape[1]
+        layer = decoder.layers[LOOK_LAYER]
+        queries = decoder.query_of(layer.self_attn, layer.input_layernorm(forwarded.asking)[None])[0]  # (H, B*Q, d)
+        keys = decoder.keys_of(layer.self_attn, layer.input_layernorm(forwarded.seen))  # (B, H_kv, V, d)
+        num_heads, head_dim = queries.shape[0], queries.shape[-1]
 
         def turn(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            cos, sin = (part[0][:, None] for part in decoder.rotary_emb(values, positions[None].float()))  # (V, 1, d)
+            cos, sin = (part[0] for part in decoder.rotary_emb(values, self.decoder_positions(positions.float(), 1)))
             return values * cos + rotate_half(values) * sin
 
-        queries = turn(queries, forwarded.asking_positions).unflatten(0, (len(keys), -1))  # (B, Q, H, d)
-        keys = turn(keys, forwarded.seen_positions).repeat_interleave(num_heads // keys.shape[2], 2)  # (B, V, H, d)
+        queries = turn(queries, forwarded.asking_positions).transpose(0, 1).unflatten(0, (len(keys), -1))
+        keys = turn(keys, forwarded.seen_positions).transpose(1, 2)
+        keys = keys.repeat_interleave(num_heads // keys.shape[2], 2)  # (B, V, H, d)
         scores = torch.einsum("bqhd,bvhd->bqhv", queries, keys) / math.sqrt(head_dim)
         log_share = scores.log_softmax(-1)  # (B, Q, H, V)
         targets, rows = [], []
@@ -365,7 +376,7 @@ class Trainer:
                     ends = (wanted[0], wanted[-1])
                     targets.append(np.stack([_along_tokens(places, batch.layout, keys.shape[1]) for places in ends]))
                     rows.append((clip, number))
-                elif question.type == "existence" and not wanted:  # nothing to look at: the newline at the end
+                elif question.type == "existence" and not wanted:  # nothing to look at: what stands behind
                     targets.append(np.arange(keys.shape[1])[None].repeat(2, 0) == keys.shape[1] - 1)
                     rows.append((clip, number))
         if not rows:
@@ -396,11 +407,10 @@ class Trainer:
 
     def train_answers(self, stop_at: int | None = None, dense_weight: float = 1.0, evaluate_every: int = 500) -> None:
         """The second phase, or as much of it as lies before step `stop_at`."""
-        self.model.model.vision_tower.requires_grad_(False)
-        self.model.model.multi_modal_projector.requires_grad_(False)
+        self.freeze()
         parts = (self.model, self.heads["trend"], self.heads["subject"])
         self._start([p for part in parts for p in part.parameters() if p.requires_grad])
-        for batch in _loader(QuestionedClips(self.step, self.answer_steps, self.rank)):
+        for batch in _loader(self.clips()):
             if self.step == stop_at:
                 return
             start = time.perf_counter()
@@ -430,7 +440,7 @@ class Trainer:
         """Writes the averaged weights in bfloat16 with the processor: a checkpoint for `from_pretrained`."""
         if self.rank:
             return
-        model = tiny_model(self.processor.tokenizer)
+        _, model = self.make()
         model.load_state_dict(self.average)
         model.to(torch.bfloat16).save_pretrained(self.folder / "model")
         self.processor.save_pretrained(self.folder / "model")
