@@ -238,7 +238,9 @@ class HoliTomProcessorMixin:
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if not isinstance(processor.video_processor, cls.own_video_processor):
             # From the file: upstream's class has filled in its defaults.
-            processor.video_processor = cls.own_video_processor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            processor.video_processor = cls.own_video_processor.from_pretrained(
+                pretrained_model_name_or_path, **kwargs
+            )
         return processor
 
     def to_dict(self) -> dict:

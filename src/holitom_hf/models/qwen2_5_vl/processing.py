@@ -18,7 +18,8 @@ class HoliTomQwen2_5_VLVideoProcessor(QwenVideoProcessorMixin, Qwen2VLVideoProce
     (by default 2), between `min_frames` and `max_frames` and in pairs; or `num_frames` are taken, as many as it says.
 
     Arrays, tensors and lists of images are taken as upstream takes them: whole, unless `do_sample_frames=True`, which
-    rounds `num_frames` to pairs. `min_pixels` and `max_pixels`, upstream's `size`, bound height times width of a frame.
+    rounds `num_frames` to pairs. `min_pixels` and `max_pixels`, upstream's `size`, bound height times width of a
+    frame.
     """
 
     backbone = BACKBONE

@@ -40,8 +40,8 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
 
     def placeholder_ids(self, input_ids: torch.Tensor | None, position_inputs: dict) -> torch.Tensor | None:
         """
-        Overrides CompressingModelMixin.placeholder_ids: where `mm_token_type_ids` say that a token is text, it is, such
-        as a placeholder's that the model itself has written.
+        Overrides CompressingModelMixin.placeholder_ids: where `mm_token_type_ids` say that a token is text, it is:
+        one that the model itself has written.
         """
         types = position_inputs.get("mm_token_type_ids")
         if input_ids is None or types is None or types.shape[1] < input_ids.shape[1]:

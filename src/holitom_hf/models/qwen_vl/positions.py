@@ -63,7 +63,7 @@ class QwenPositionsMixin:
             (3, B, L).
 
         Raises:
-            ValueError: If the kinds of tokens are not given, or don't fit the grids, or position ids have a wrong shape.
+            ValueError: If position ids have a wrong shape, or kinds of tokens are not given or don't fit the grids.
         """
         if position_ids is not None:
             check_position_ids(position_ids, is_real.shape[1], 3)

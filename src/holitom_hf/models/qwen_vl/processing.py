@@ -14,7 +14,7 @@ EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 class QwenVideoProcessorMixin(HoliTomVideoProcessorMixin):
     """
     For the video processor of a Qwen-VL backbone, before upstream's class: `num_frames` or `fps`, `min_frames`,
-    `max_frames`, `min_pixels` and `max_pixels` are taken by the constructor and by every call, for files and for frames.
+    `max_frames`, `min_pixels` and `max_pixels` are taken by the constructor and by every call, for files and frames.
     Pixels are another spelling of `size`, which bounds what upstream's class says. Where one of them is given, the
     other gives way to it.
     """
@@ -65,7 +65,9 @@ def with_size(kwargs: dict, size: dict) -> dict:
         return kwargs
     least, most = (given.get(edge) for edge in EDGES.values())
     if min(given.values()) < 1 or (len(given) == 2 and least > most):
-        raise ValueError(f"min_pixels and max_pixels must be positive, the first not above the other: got {least}, {most}")
+        raise ValueError(
+            f"min_pixels and max_pixels must be positive, the first not above the other: got {least}, {most}"
+        )
     own = dict(kwargs.get("size") or size)
     edges = {edge: given.get(edge, own[edge]) for edge in EDGES.values()}
     if most is None:
