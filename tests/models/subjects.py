@@ -4,8 +4,7 @@ import torch
 
 from .. import conftest
 from . import qwen
-from .test_qwen2_5_vl import PlainQwen as PlainQwen2_5
-from .test_qwen2_5_vl import seconds_of
+from .qwen import PlainQwen2_5, seconds_of
 
 
 SUBJECTS = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")

@@ -19,8 +19,7 @@ from holitom_hf.models.upstream import cache_of
 from ..conftest import FUZZ_CASES, pad_batch
 from ..reference import PlainModel
 from . import qwen
-from .test_qwen2_5_vl import PlainQwen as PlainQwen2_5
-from .test_qwen2_5_vl import seconds_of
+from .qwen import PlainQwen2_5, seconds_of
 
 
 LAYERS, VIDEO, PAD = 3, 61, 0

@@ -1,6 +1,7 @@
 """Qwen-VL's vision towers over packed rows against upstream's that compute everything and overwrite what repeats."""
 
 import copy
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, Qwen3_5Config, Qwen3_5Model
 
 from holitom_hf import HoliTomConfig
+from holitom_hf.checkpoints.flattening import flat_package
 from holitom_hf.merging import patches
 from holitom_hf.merging.patches import PatchPlan
 from holitom_hf.merging.segmentation import segment_frames
@@ -20,8 +22,7 @@ from holitom_hf.models.qwen_vl.reuse import encode_changes
 from holitom_hf.models.qwen_vl.vision import QwenVideoFeatures
 
 from . import qwen
-from .qwen import FAMILIES, MERGE, PATCH, Family, media
-from .test_qwen2_5_vl import window_order
+from .qwen import FAMILIES, MERGE, PATCH, Family, media, window_order
 from .test_vision_reuse import flash_stand_in
 
 
@@ -547,3 +548,11 @@ def test_importance_needs_a_last_block_that_sees_the_frame():
         model.get_video_features(**random_videos(), holitom_config=REUSE)
     found = model.get_video_features(**random_videos(), holitom_config=REUSE | {"outer_method": "farthest_points"})
     assert found.importance is None
+
+
+def test_a_checkpoints_own_code_does_without_and_says_so(model, monkeypatch):
+    carried = flat_package(model.config.backbone)
+    assert not [name for name in carried if name.endswith(("reuse", "packed_blocks", "frame_layout", "patches"))]
+    monkeypatch.setitem(sys.modules, "holitom_hf.models.qwen_vl.reuse", None)
+    with pytest.raises(ImportError, match=r"reuse' is what vision_reuse_layer needs.*pip install holitom-hf"):
+        model.get_video_features(**random_videos(), holitom_config=REUSE)

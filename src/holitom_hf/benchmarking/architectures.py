@@ -57,8 +57,8 @@ _TINY_SIGLIP = _SIGLIP | {
     "num_attention_heads": 4,
 }
 ARCHITECTURES = tuple(_DECODERS)
-# `model_type`, vision tower, decoder: of Qwen/Qwen2.5-VL-7B-Instruct and Qwen/Qwen3-VL-8B-Instruct, and both at a size
-# that a CPU runs in seconds, with patches and windows as they are.
+# `model_type`, vision tower, decoder: of Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct and Qwen/Qwen3.5-9B,
+# and the first two at a size that a CPU runs in seconds, with patches and windows as they are.
 _SMALL_QWEN = {
     "hidden_size": 256,
     "intermediate_size": 1024,
@@ -153,6 +153,30 @@ _QWEN = {
             },
         },
     ),
+    "qwen3.5-9b": (
+        "qwen3_5",
+        {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 4096,
+        },
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "vocab_size": 248320,
+        },
+    ),
 }
 QWEN_ARCHITECTURES = tuple(_QWEN)
 
@@ -163,16 +187,20 @@ def qwen_architecture(name: str, settings: HoliTomConfig | None = None):
 
     Args:
         name: One of `QWEN_ARCHITECTURES`.
-        settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth.
+        settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth, or at the layer next
+            to it that follows one of full attention.
     """
     model_type, vision, text = _QWEN[name]
-    settings = settings or HoliTomConfig(inner_merge_layer=round(18 / 28 * text["num_hidden_layers"]))
-    config = backbone_class(backbones()[model_type], "config")
     # No token ends an answer, and those of vision are the last ones of any vocabulary.
     text = text | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     names = ("vision_start", "vision_end", "image", "video")
     ids = {f"{name}_token_id": text["vocab_size"] - 4 + number for number, name in enumerate(names)}
-    return config(vision_config=vision, text_config=text, holitom_config=settings, **ids)
+    config = backbone_class(backbones()[model_type], "config")(vision_config=vision, text_config=text, **ids)
+    types = getattr(config.text_config, "layer_types", None) or ["full_attention"] * text["num_hidden_layers"]
+    allowed = [layer + 1 for layer, kind in enumerate(types[:-1]) if kind == "full_attention"]
+    middle = min(allowed, key=lambda layer: abs(layer - 18 / 28 * len(types)))
+    config.holitom_config = settings or HoliTomConfig(inner_merge_layer=middle)
+    return config
 
 
 def architecture(name: str, settings: HoliTomConfig | None = None):

@@ -117,8 +117,10 @@ def contest(
         size: Height and width of frames in pixels, where the backbone takes several; default: its usual one.
 
     Raises:
-        ValueError: If the backbone takes no frames of this size.
+        ValueError: If the backbone is not measured yet, or takes no frames of this size.
     """
+    if config.model_type not in MEASURED:
+        raise ValueError(f"the benchmark does not measure {config.backbone.title} yet")
     backbone = MEASURED[config.model_type](config, num_frames, size)
     models = random_models(config, device, dtype, attention)
     sizes, vocabulary = backbone.operations, config.text_config.vocab_size

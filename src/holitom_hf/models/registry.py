@@ -8,7 +8,7 @@ import importlib
 from ..checkpoints.backbone import Backbone
 
 
-FOLDERS = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
+FOLDERS = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 def backbones() -> dict[str, Backbone]:

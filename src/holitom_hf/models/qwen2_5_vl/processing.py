@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from ..processing import HoliTomProcessorMixin
-from ..qwen_vl.processing import QwenVideoProcessorMixin
+from ..qwen_vl.limits import QwenVideoProcessorMixin
 from .backbone import BACKBONE
 
 

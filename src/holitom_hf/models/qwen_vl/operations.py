@@ -15,7 +15,7 @@ def encoder_operations(
     What stands before the decoder, for one video.
 
     Args:
-        config: Of Qwen2.5-VL or Qwen3-VL.
+        config: Of Qwen2.5-VL, or Qwen3-VL and those after it.
         num_frames: Frames of the video, of which `temporal_patch_size` make one that the method sees.
         size: Height and width that frames are resized to, in pixels; `None`: of 14 x 14 tokens.
         settings: [`HoliTomConfig`]; default: the config's.

@@ -1,77 +1,59 @@
-"""Limits of frames and sizes, which the video processors of the Qwen-VL families spell alike in every call."""
+"""What the video processors of Qwen3-VL and of the families after it share."""
 
-import copy
+import numpy as np
+from transformers import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
-from transformers.image_processing_utils import BatchFeature
-
-from ..processing import HoliTomVideoProcessorMixin
-
-
-# The least and the most pixels, in transformers' words.
-EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+from .limits import QwenVideoProcessorMixin
 
 
-class QwenVideoProcessorMixin(HoliTomVideoProcessorMixin):
+class TimedVideosKwargs(Qwen3VLVideoProcessor.valid_kwargs, total=False):
     """
-    For the video processor of a Qwen-VL backbone, before upstream's class: `num_frames` or `fps`, `min_frames`,
-    `max_frames`, `min_pixels` and `max_pixels` are taken by the constructor and by every call, for files and frames.
-    Pixels are another spelling of `size`, which bounds what upstream's class says. Where one of them is given, the
-    other gives way to it.
+    min_pixels (`int`, *optional*):
+        The fewest pixels of a video, all frames together.
+    max_pixels (`int`, *optional*):
+        The most pixels of a video, all frames together.
     """
 
-    sampling_names = (*HoliTomVideoProcessorMixin.sampling_names, "min_frames", "max_frames")
+    min_pixels: int
+    max_pixels: int
 
-    def __init__(self, **kwargs):
+
+class TimedVideoProcessorMixin(QwenVideoProcessorMixin):
+    """
+    For the video processor of a backbone whose prompts tell the times of frames, before `Qwen3VLVideoProcessor`, which
+    takes `num_frames` beside `fps=None` only. Pixels are bounded of all frames of a video together.
+    """
+
+    upstream_class = Qwen3VLVideoProcessor
+    valid_kwargs = TimedVideosKwargs
+    fewest_frames = Qwen3VLVideoProcessor.temporal_patch_size
+
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        **kwargs,
+    ) -> np.ndarray:
         """
+        Overrides Qwen3VLVideoProcessor.sample_frames: a number of frames may be asked for, whatever the class's rate,
+        and a call's limits count.
+
         Args:
-            min_pixels, max_pixels: In place of `size`.
-            kwargs: As upstream.
+            metadata: Of the video.
+            num_frames: How many frames; `None`: at most `self.num_frames`, or by rate.
+            fps: How many per second of video; `None`: `self.fps`.
+            min_frames, max_frames: By rate no fewer and no more; `None`: the processor's.
+
+        Returns:
+            Ascending indices, both ends among them.
 
         Raises:
-            ValueError: As [`with_size`].
+            ValueError: If both are passed, one is not positive, or the video has fewer frames than asked.
         """
-        super().__init__(**with_size(kwargs, self.size))
-
-    def preprocess(self, videos, **kwargs) -> BatchFeature:
-        """
-        Overrides HoliTomVideoProcessorMixin.preprocess: with `min_pixels` and `max_pixels`.
-
-        Raises:
-            ValueError: As there, and as [`with_size`].
-        """
-        return super().preprocess(videos, **with_size(kwargs, self.size))
-
-    def within(self, min_frames: int | None, max_frames: int | None) -> "QwenVideoProcessorMixin":
-        """This processor with other limits of the frames that are taken by rate; `None`: its own."""
-        limits = {"min_frames": min_frames, "max_frames": max_frames}
-        limited = copy.copy(self)
-        vars(limited).update({name: value for name, value in limits.items() if value is not None})
-        return limited
-
-
-def with_size(kwargs: dict, size: dict) -> dict:
-    """
-    Arguments of a video processor whose `min_pixels` and `max_pixels` are its `size`.
-
-    Args:
-        kwargs: Of a call.
-        size: The processor's own, of which what is not given is taken.
-
-    Raises:
-        ValueError: If a number of pixels is not positive, or the least is more than the most.
-    """
-    given = {edge: kwargs[name] for name, edge in EDGES.items() if kwargs.get(name) is not None}
-    if not given:
-        return kwargs
-    least, most = (given.get(edge) for edge in EDGES.values())
-    if min(given.values()) < 1 or (len(given) == 2 and least > most):
-        raise ValueError(
-            f"min_pixels and max_pixels must be positive, the first not above the other: got {least}, {most}"
-        )
-    own = dict(kwargs.get("size") or size)
-    edges = {edge: given.get(edge, own[edge]) for edge in EDGES.values()}
-    if most is None:
-        edges["longest_edge"] = max(edges.values())
-    elif least is None:
-        edges["shortest_edge"] = min(edges.values())
-    return {name: value for name, value in kwargs.items() if name not in EDGES} | {"size": edges}
+        num_frames = self.asked_frames(metadata, num_frames, fps)
+        limited = self.within(min_frames, max_frames)
+        return Qwen3VLVideoProcessor.sample_frames(limited, metadata, num_frames=num_frames, fps=fps)
