@@ -1,8 +1,10 @@
-"""Limits of frames and sizes, which the video processors of the Qwen-VL families spell alike in every call."""
+"""Limits of frames and sizes, which the video processors of Qwen2.5-VL and Qwen3-VL spell alike in every call."""
 
 import copy
 
+import numpy as np
 from transformers.image_processing_utils import BatchFeature
+from transformers.video_utils import VideoMetadata
 
 from ..processing import HoliTomVideoProcessorMixin
 
@@ -28,6 +30,13 @@ class QwenVideoProcessorMixin(HoliTomVideoProcessorMixin):
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """Overrides HoliTomVideoProcessorMixin.preprocess: with `min_pixels` and `max_pixels`, as [`with_size`]."""
         return super().preprocess(videos, **with_size(kwargs, self.size))
+
+    def sample_frames(
+        self, metadata: VideoMetadata, *, min_frames: int | None = None, max_frames: int | None = None, **kwargs
+    ) -> np.ndarray:
+        """Overrides sample_frames of the class after this one: a call's limits of frames by rate count, too."""
+        limited = self.within(min_frames, max_frames)
+        return super(QwenVideoProcessorMixin, limited).sample_frames(metadata, **kwargs)
 
     def within(self, min_frames: int | None, max_frames: int | None) -> "QwenVideoProcessorMixin":
         """This processor with other limits of the frames that are taken by rate; `None`: its own."""

@@ -4,49 +4,28 @@ import numpy as np
 from transformers import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .limits import QwenVideoProcessorMixin
+from ..processing import HoliTomVideoProcessorMixin
 
 
-class TimedVideosKwargs(Qwen3VLVideoProcessor.valid_kwargs, total=False):
-    """
-    min_pixels (`int`, *optional*):
-        The fewest pixels of a video, all frames together.
-    max_pixels (`int`, *optional*):
-        The most pixels of a video, all frames together.
-    """
-
-    min_pixels: int
-    max_pixels: int
-
-
-class TimedVideoProcessorMixin(QwenVideoProcessorMixin):
+class TimedVideoProcessorMixin(HoliTomVideoProcessorMixin):
     """
     For the video processor of a backbone whose prompts tell the times of frames, before `Qwen3VLVideoProcessor`, which
-    takes `num_frames` beside `fps=None` only. Pixels are bounded of all frames of a video together.
+    takes `num_frames` beside `fps=None` only.
     """
 
     upstream_class = Qwen3VLVideoProcessor
-    valid_kwargs = TimedVideosKwargs
     fewest_frames = Qwen3VLVideoProcessor.temporal_patch_size
 
     def sample_frames(
-        self,
-        metadata: VideoMetadata,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        min_frames: int | None = None,
-        max_frames: int | None = None,
-        **kwargs,
+        self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs
     ) -> np.ndarray:
         """
-        Overrides Qwen3VLVideoProcessor.sample_frames: a number of frames may be asked for, whatever the class's rate,
-        and a call's limits count.
+        Overrides Qwen3VLVideoProcessor.sample_frames: a number of frames may be asked for, whatever the class's rate.
 
         Args:
             metadata: Of the video.
             num_frames: How many frames; `None`: at most `self.num_frames`, or by rate.
             fps: How many per second of video; `None`: `self.fps`.
-            min_frames, max_frames: By rate no fewer and no more; `None`: the processor's.
 
         Returns:
             Ascending indices, both ends among them.
@@ -55,5 +34,4 @@ class TimedVideoProcessorMixin(QwenVideoProcessorMixin):
             ValueError: If both are passed, one is not positive, or the video has fewer frames than asked.
         """
         num_frames = self.asked_frames(metadata, num_frames, fps)
-        limited = self.within(min_frames, max_frames)
-        return Qwen3VLVideoProcessor.sample_frames(limited, metadata, num_frames=num_frames, fps=fps)
+        return super().sample_frames(metadata, num_frames=num_frames, fps=fps)
