@@ -93,7 +93,7 @@ from the video.
 def _savings_table(config) -> str:
     """Tokens and operations at several numbers of frames, where their size is known."""
     if config.tokens_per_frame is None:
-        return "How many tokens a video has depends on its size and length."
+        return "How many tokens that is depends on the video."
     settings, text = config.holitom_config, config.text_config
     # Of all experts that see a token, where there are experts.
     width = getattr(text, "moe_intermediate_size", 0) * getattr(text, "num_experts_per_tok", 1)
