@@ -65,6 +65,7 @@ def own_methods():
 def local(text: str, demo: Path) -> str:
     """The small model and the clip in place of the downloads, and settings for its 8 layers."""
     text = text.replace(HUB_NAME, str(demo / "model")).replace("video.mp4", str(demo / "clip.mp4"))
+    text = text.replace("examples/", f"{ROOT / 'examples'}/")
     for name in HUB_PRESETS:
         text = text.replace(name, str(demo / "preset.json"))
     return text

@@ -86,7 +86,7 @@ def test_what_entries_import_is_written_under_joined_names_and_runs(tmp_path):
 def test_comments_are_left_out_docstrings_too_or_cut_to_a_sentence(tmp_path):
     source = write(tmp_path, FILES)
     text = flatten(source, {"entry_point": source / "entry.py"})["entry_point"]
-    assert text.startswith('# From holitom_hf/entry.py.\n\n"""The door."""\n')
+    assert text.startswith('# holitom_hf/entry.py\n\n"""The door."""\n')
     assert "    lay,\n" in text
     assert '    """Comes in, sits at the table of 2.5\n    legs, and eats."""\n\n    def' in text
     assert "def main():\n    from .room_deep_chair" in text
@@ -175,7 +175,7 @@ class TestBackbones:
 
         root = Path(sys.modules["holitom_hf"].__file__).parent
         for name, text in flat_package(backbone).items():
-            origin = text.split("\n")[0].removeprefix("# From holitom_hf/").removesuffix(".")
+            origin = text.split("\n")[0].removeprefix("# holitom_hf/")
             assert bare(text) == bare((root / origin).read_text()), name
 
 
@@ -185,7 +185,7 @@ def test_comments_and_what_is_there_to_compare_with_stay_in_the_package():
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
         assert len(comments) == 1
-        assert comments[0].startswith("# From holitom_hf/")
+        assert comments[0].startswith("# holitom_hf/")
     carried = {name for name, method in METHODS.items() if f"merging_methods_{name}" in modules}
     assert carried == {"holitom", "farthest_points"}
 

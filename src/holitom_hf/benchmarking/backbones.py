@@ -174,7 +174,7 @@ class QwenVL(MeasuredBackbone):
         encoded = model.get_video_features(
             **media, output_hidden_states=[last], holitom_config=NO_STAGES, return_dict=True
         )
-        hidden_states = encoded.hidden_states[last]
+        hidden_states = encoded.hidden_states[-2]
         return lambda: block_importance(tower, hidden_states, media["video_grid_thw"])
 
     def processor(self):

@@ -70,7 +70,7 @@ def flatten(root: Path, entries: dict[str, Path]) -> dict[str, str]:
         _shorten_docstrings(lines, tree)
         _leave_out_comments(lines, source)
         origin = file.relative_to(root).as_posix()
-        text = "\n".join([f"# From holitom_hf/{origin}.", *(line for line in lines if line is not None)])
+        text = "\n".join([f"# holitom_hf/{origin}", *(line for line in lines if line is not None)])
         sources[name] = re.sub(r"\n{3,}", "\n\n", re.sub(r"\n{2,}(?=from |import )", "\n", text))
         trees[name] = ast.parse(sources[name])
     _check_imports(trees)

@@ -95,9 +95,7 @@ def _savings_table(config) -> str:
     if config.tokens_per_frame is None:
         return "How many tokens that is depends on the video."
     settings, text = config.holitom_config, config.text_config
-    # Of all experts that see a token, where there are experts.
-    width = getattr(text, "moe_intermediate_size", 0) * getattr(text, "num_experts_per_tok", 1)
-    sizes, depth = (text.hidden_size, width or text.intermediate_size), text.num_hidden_layers
+    sizes, depth = (text.hidden_size, text.intermediate_size), text.num_hidden_layers
     lines = ["| frames | tokens | before the decoder | after stage 3 | prefill FLOPs |", "| ---: " * 5 + "|"]
     for num_frames in (8, 16, 32, 64):
         tokens = num_frames * config.tokens_per_frame

@@ -35,7 +35,8 @@ def grouped_product(rows: tuple[int, int], matrices: tuple[int, int, int], *args
 
 
 # What torch's counter does not know yet.
-GROUPED_PRODUCTS = {torch.ops.aten._grouped_mm: grouped_product} if hasattr(torch.ops.aten, "_grouped_mm") else {}
+_operator = getattr(torch.ops.aten, "_grouped_mm", None)
+GROUPED_PRODUCTS = {} if _operator is None else {_operator: grouped_product}
 
 
 @dataclass
@@ -87,7 +88,7 @@ def encoded_video(
         return EncodedVideo(features, prompt, tower + projector_flops(config, num_frames, num_rows), importance)
     # Which patch is computed in which window, and which tokens have one, no formula knows.
     without, both = (
-        counted(lambda used=used: encode(used)) for used in (replace(settings, outer_method="random_tokens"), settings)
+        counted(lambda used=used: encode(used)) for used in (replace(settings, outer_method="none"), settings)
     )
     return EncodedVideo(features, prompt, without, both - without)
 

@@ -165,9 +165,9 @@ class QwenVisionMixin:
         sizes = [int(part.prod(1).sum()) for part in parts]
 
         wanted = kwargs.pop("output_hidden_states", None)
-        last = len(self.visual.blocks) - 1  # the input of the last block
         asked = wanted
         if settings.needs_importance and wanted is not True:
+            last = len(self.visual.blocks) - 1  # its input; the last but one, also where all of them are returned
             asked = [*(wanted if isinstance(wanted, list | tuple) else [wanted] if wanted else []), last]
         outputs, importance, keys = [], [], []
         for chunk, part in zip(chunks_on_device(pixel_values_videos, sizes, self.visual.device), parts):
@@ -177,7 +177,7 @@ class QwenVisionMixin:
             )
             outputs.append(output)
             if settings.needs_importance:
-                for received, head_mean in block_importance(self.visual, output.hidden_states[last], part):
+                for received, head_mean in block_importance(self.visual, output.hidden_states[-2], part):
                     importance.append(received)
                     keys.append(head_mean)
             if not (wanted and return_vision_states):
