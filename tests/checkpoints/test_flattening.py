@@ -18,6 +18,8 @@ from holitom_hf.models.llava_onevision.backbone import BACKBONE
 from holitom_hf.models.registry import backbones
 
 
+# Backbones whose classes are subclasses of another's.
+PARENTS = {"llava_video": {"llava_onevision"}}
 FILES = {
     "entry.py": '''
 """
@@ -153,10 +155,12 @@ class TestBackbones:
         )
 
     def test_it_carries_its_own_backbone_only_and_little(self, backbone):
+        """And the one that it is made of, if it is."""
         modules = flat_package(backbone)
-        others = {name for name in backbones() if name != backbone.model_type}
+        carried = {backbone.model_type} | PARENTS.get(backbone.model_type, set())
+        others = {name for name in backbones() if name not in carried}
         assert not [name for name in modules for other in others if name.startswith(f"models_{other}")]
-        assert sum(map(len, modules.values())) < 220_000
+        assert sum(map(len, modules.values())) < (220_000 if len(carried) == 1 else 235_000)
         assert modules == carried_modules(backbone)
 
     def test_code_is_the_same_but_for_imports_and_docstrings(self, backbone):

@@ -8,7 +8,7 @@ import importlib
 from ..checkpoints.backbone import Backbone
 
 
-FOLDERS = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
+FOLDERS = ("llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl")
 
 
 def backbones() -> dict[str, Backbone]:
