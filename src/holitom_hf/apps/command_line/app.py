@@ -330,7 +330,12 @@ def serve(
 
 @app.command()
 def convert(
-    base: Annotated[str, typer.Argument(help="Folder or Hub repository of a LLaVA-OneVision model, or bundled.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub repository, in the format of transformers or of LLaVA's authors; or bundled."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     config_only: Annotated[
         bool,
