@@ -187,11 +187,12 @@ PRESETS = PAPER | {
 }
 PRESETS |= {
     f"{model}-r{percent}": {"retention_ratio": percent / 100, "inner_merge_layer": layer, "position_ids": "kept"}
-    for model, layer in (("qwen2.5-vl-7b", 18), ("qwen3-vl-8b", 23))
+    for model, layer in (("qwen2.5-vl-7b", 18), ("qwen3-vl-8b", 23), ("qwen3.5-9b", 20))
     for percent in (25, 15)
 }
 FAST = ("llava-onevision-7b-r15", "llava-onevision-7b-r10", "llava-onevision-0.5b-r15")
 FAST += ("farthest-points-r15", "farthest-points-r10")
+FAST += tuple(f"{model}-r{percent}" for model in ("qwen2.5-vl-7b", "qwen3-vl-8b") for percent in (25, 15))
 PRESETS |= {f"{name}-fast": PRESETS[name] | {"vision_reuse_layer": 2} for name in FAST}
 
 

@@ -205,6 +205,12 @@ def test_patches_that_were_taken_over_are_pale():
         place = (slice(patch // 6 * 4, patch // 6 * 4 + 4), slice(patch % 6 * 6, patch % 6 * 6 + 6))
         assert (painted[place] == frame[place]).all() == computed[patch]
         assert (painted[place].astype(int) >= frame[place]).all()
+    wide = paint_computed(frame, computed, (4, 9))  # of 6 x 4 pixels
+    assert (wide[:6, :4] == frame[:6, :4]).all()
+    assert (wide[:6, 4:28] != frame[:6, 4:28]).any(-1).all()
+    assert (wide[:6, 28:32] == frame[:6, 28:32]).all()
+    with pytest.raises(ValueError, match="of 36 tokens a frame"):
+        paint_computed(frame, computed, (4, 8))
 
 
 def test_the_picture_and_the_summary_tell_what_the_tower_computed(demo, tmp_path):
@@ -527,12 +533,40 @@ class TestQwen:
         titles = [text for text in texts if text.endswith("of 6")]
         assert titles == ["frames 1-2 of 6", "frames 3-4 of 6", "frames 5-6 of 6"]
 
-    def test_a_tower_that_can_leave_nothing_out_says_so(self, qwen, tmp_path):
+    def test_the_picture_and_the_summary_tell_what_the_tower_computed(self, qwen, tmp_path):
         preset = tmp_path / "fast.json"
-        preset.write_text(json.dumps(HoliTomConfig(vision_reuse_layer=1, inner_merge_layer=2).to_dict()))
+        settings = HoliTomConfig(vision_reuse_layer=1, vision_reuse_threshold=0.9, inner_method="none")
+        preset.write_text(json.dumps(settings.to_dict()))
+        answerer = Answerer(str(qwen / "model"), settings=settings, device="cpu")
+        answerer.load_model()
+        view = view_merging(answerer, str(qwen / "clip.mp4"), 9)
+        assert view.patch_grid == (2 * view.grid[0], 2 * view.grid[1])
+        assert view.computed.shape == (5, view.patch_grid[0] * view.patch_grid[1])
+        assert view.computed[0].all()
+        assert not view.computed.all()
+        plot_merging(
+            view.merged,
+            view.frames,
+            computed=view.computed,
+            grid=view.grid,
+            temporal_patch_size=2,
+            patch_grid=view.patch_grid,
+        )
+        options, share = ("--model", qwen / "model", "--frames", 9, "--preset", preset), f"{view.computed.mean():.1%}"
+        for name in ("page.html", "clip.mp4", "picture.png"):
+            run("visualize", qwen / "clip.mp4", "-o", tmp_path / name, *options)
+        assert f"computed {share} of the patches" in (tmp_path / "page.html").read_text()
+        result = run("answer", qwen / "clip.mp4", "?", *options)
+        assert f"{share} of the patches computed in its later layers" in result.stdout
+
+    def test_what_is_only_llavas_says_so(self, qwen, tmp_path):
+        preset = tmp_path / "frames.json"
+        settings = HoliTomConfig(vision_reuse_layer=1, vision_method="frames", inner_merge_layer=2)
+        preset.write_text(json.dumps(settings.to_dict()))
         options = ("--model", qwen / "model", "--preset", preset)
         error = run("visualize", qwen / "clip.mp4", "-o", tmp_path / "a.png", *options, check=1).stderr
-        assert error.startswith("error: vision_reuse_layer is 1, but the vision tower of Qwen3-VL has no layers")
+        assert error.startswith("error: vision_method 'frames' is for the vision tower of LLaVA-OneVision alone")
+        assert len(error.strip().splitlines()) == 1
 
 
 class TestCommand:

@@ -25,10 +25,7 @@ from holitom_hf.merging.segmentation import compare_by_products
 from holitom_hf.merging.spatial import cluster_tokens
 from holitom_hf.merging.video_tokens import VideoTokens
 from holitom_hf.models.operations import importance_flops
-from holitom_hf.models.qwen2_5_vl.configuration import HoliTomQwen2_5_VLConfig
-from holitom_hf.models.qwen2_5_vl.modeling import HoliTomQwen2_5_VLForConditionalGeneration
-from holitom_hf.models.qwen3_vl.configuration import HoliTomQwen3VLConfig
-from holitom_hf.models.qwen3_vl.modeling import HoliTomQwen3VLForConditionalGeneration
+from holitom_hf.models.registry import backbone_class
 from holitom_hf.models.vision_importance import vision_importance
 
 from ..models import qwen
@@ -156,14 +153,8 @@ def test_farthest_points_in_the_model_have_the_operations_that_torch_counts(game
     assert counted(lambda: model(**game.inputs(), holitom_config=settings, logits_to_keep=1)) == expected.total
 
 
-QWEN = {
-    "qwen2_5_vl": (HoliTomQwen2_5_VLForConditionalGeneration, HoliTomQwen2_5_VLConfig, qwen.QWEN2_5_VL),
-    "qwen3_vl": (HoliTomQwen3VLForConditionalGeneration, HoliTomQwen3VLConfig, qwen.QWEN3_VL),
-}
-
-
 @pytest.mark.parametrize("method", ["none", "farthest_points", "holitom"])
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("family", qwen.FAMILIES.values(), ids=qwen.FAMILIES)
 def test_qwens_have_the_operations_that_torch_counts(family, method):
     """Of 20 x 36 patches, so that windows of Qwen2.5-VL's are cut off at both edges."""
     if method == "none":
@@ -172,11 +163,12 @@ def test_qwens_have_the_operations_that_torch_counts(family, method):
         settings = HoliTomConfig(retention_ratio=0.3, similarity_threshold=1.0, inner_merge_layer=2)
     else:
         settings = replace(HoliTomConfig.from_preset("farthest-points-r15"), retention_ratio=0.3)
-    generation, config_class, values = QWEN[family]
     torch.manual_seed(0)
-    model = generation(config_class(**values, holitom_config=settings)).eval()
+    config = family.ours("Config")(**family.values, holitom_config=settings)
+    # Experts one after another: not those of tokens that are none.
+    model = family.generation._from_config(config, experts_implementation="eager").eval()
     grid, num_frames = (3, 20, 36), 6
-    prompt = qwen.make_prompt(3, grid, 8, is_timed=family == "qwen3_vl")
+    prompt = family.prompt(3, grid, 8)
     inputs = qwen.inputs_of([prompt], [qwen.video(grid, 1)])
     num_video = int((prompt == qwen.VIDEO).sum())
     plan = plan_video(settings, 3, 180, static_share=0.0, scene_frames=3)
@@ -191,11 +183,11 @@ def test_qwens_have_the_operations_that_torch_counts(family, method):
         forward_flops(model.config, num_frames, 9, plan, settings, size=(80, 100))
 
 
-@pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-7b", 8.29), ("qwen3-vl-8b", 8.77)])
+@pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-7b", 8.29), ("qwen3-vl-8b", 8.77), ("qwen3.5-9b", 9.41)])
 def test_qwens_have_the_sizes_of_their_names(name, billions):
     config = qwen_architecture(name)
     with torch.device("meta"):
-        model = QWEN[config.model_type][0](config)
+        model = backbone_class(config.backbone, "generation")(config)
     assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 

@@ -1,5 +1,6 @@
 """Small models of the Qwen-VL families, prompts for them, and the method once more as a plain loop over upstream."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,10 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessorPil,
     Qwen2VLVideoProcessor,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -100,6 +104,32 @@ QWEN2_5_VL = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": QWEN3_VL["text_config"]["rope_parameters"]
+    | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def without(values: dict, name: str) -> dict:
+    return {other: value for other, value in values.items() if other != name}
+
+
+QWEN3_VL_MOE = QWEN3_VL | {"text_config": QWEN3_VL["text_config"] | _EXPERTS | {"mlp_only_layers": [1]}}
+QWEN3_5 = QWEN3_VL | {
+    "vision_config": without(QWEN3_VL["vision_config"], "deepstack_visual_indexes"),
+    "text_config": QWEN3_VL["text_config"] | _HYBRID,
+}
+QWEN3_5_MOE = QWEN3_5 | {
+    "text_config": without(QWEN3_5["text_config"], "intermediate_size")
+    | _EXPERTS
+    | {"shared_expert_intermediate_size": 16}
+}
 
 
 CHAT_TEMPLATE = (
@@ -128,7 +158,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_processor(processor_class, video_processor_class, most_pixels: int = 8 * 16 * 32):
-    """A processor of small frames: `most_pixels` are a video's for Qwen3-VL, a frame's for Qwen2.5-VL."""
+    """A processor of small frames: `most_pixels` are a frame's for Qwen2.5-VL, a video's for those after it."""
     sizes = {"patch_size": PATCH, "merge_size": MERGE}
     return processor_class(
         Qwen2VLImageProcessorPil(**sizes, size={"shortest_edge": 64, "longest_edge": 32 * 32}),
@@ -262,6 +292,8 @@ class PlainQwen:
         self.upstream.load_state_dict(model.state_dict())
         self.upstream.to(model.dtype).eval()
         self.config = self.upstream.config
+        self.generator = PlainGenerator.over(self)
+        self.encoded = {}  # of this model's videos, which many tests share
 
     def position_inputs(self, inputs: dict) -> dict:
         """Of what [`media`] returns, what `get_rope_index` takes."""
@@ -280,6 +312,12 @@ class PlainQwen:
 
     @torch.no_grad()
     def encode(self, grid, patches, settings) -> PlainVideo:
+        key = (grid, patches.numpy().tobytes(), repr(settings))
+        if key not in self.encoded:
+            self.encoded[key] = self.encode_anew(grid, patches, settings)
+        return self.encoded[key]
+
+    def encode_anew(self, grid, patches, settings) -> PlainVideo:
         found = self.upstream.model.get_video_features(patches, torch.tensor([grid]))
         frames = found.pooler_output[0].unflatten(0, (grid[0], -1))
         maps = [layer[0] for layer in getattr(found, "deepstack_features", None) or []]
@@ -365,10 +403,13 @@ class PlainQwen:
             n = len(places)
             mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
             mask = mask + torch.tensor([sizes[place] for place in places]).log()
-            handle = layer.self_attn.register_forward_hook(lambda _, __, out: weights.update(last=out[1]))
             rotary = decoder.rotary_emb(hidden, positions[:, :, places])
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-            handle.remove()
+            if hasattr(layer, "self_attn"):
+                handle = layer.self_attn.register_forward_hook(lambda _, __, out: weights.update(last=out[1]))
+                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+                handle.remove()
+            else:  # linear attention, which is causal by itself
+                hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
             if index < num_maps:
                 hidden = hidden + maps[index, places]
         logits = upstream.lm_head(decoder.norm(hidden))[0]
@@ -376,31 +417,78 @@ class PlainQwen:
         return logits[fill]
 
 
-def plain_generator(plain: PlainQwen, prompts, videos, settings, prompt_lengths=None, images=None):
+def seconds_of(grids: torch.Tensor) -> torch.Tensor:
+    """(V,), how long a temporal patch lasts: no whole number, and long enough for time to outrun the text behind."""
+    return 0.6 * grids[:, 0] + 0.1 * grids[:, 1]
+
+
+def window_order(height: int, width: int, side: int = 2) -> list[int]:
+    """Tokens of a frame in the order of its windows, row by row in each."""
+    return [
+        y * width + x
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+        for y in range(top, min(top + side, height))
+        for x in range(left, min(left + side, width))
+    ]
+
+
+class PlainQwen2_5(PlainQwen):  # noqa: N801 - named as upstream's classes
+    """[`PlainQwen`] with seconds and windows."""
+
+    def position_inputs(self, inputs: dict) -> dict:
+        found = super().position_inputs(inputs)
+        return found | (
+            {"second_per_grid_ts": seconds_of(found["video_grid_thw"])} if "video_grid_thw" in found else {}
+        )
+
+    def importance(self, grid, patches) -> torch.Tensor:
+        received = super().importance(grid, patches)
+        placed = torch.empty_like(received)
+        placed[:, window_order(grid[1] // MERGE, grid[2] // MERGE)] = received
+        return placed
+
+
+class PlainGenerator:
     """
-    Upstream's `generate` over [`PlainQwen`]: every mode of generation without a cache, one row at a time.
+    Before upstream's class: its `generate` over [`PlainQwen`], every mode of it, without a cache, one row at a time.
+
+    Attributes:
+        encoded: The videos of every row after [`PlainQwen.encode`].
+    """
+
+    @classmethod
+    def over(cls, plain: PlainQwen):
+        """Of a loop, with nothing to say yet; its own weights do not matter."""
+        generator = type("Generator", (cls, type(plain.upstream)), {})._from_config(plain.config).eval()
+        generator.plain = (plain,)  # no module of it
+        return generator
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        rows = []
+        for row, ids in enumerate(input_ids):
+            real = ids if attention_mask is None else ids[attention_mask[row].bool()]
+            which = next(i for i, p in enumerate(self.prompts) if torch.equal(real[: len(p)], p[: len(real)]))
+            of_row = (self.prompt_lengths[which], self.videos[which], self.images[which])
+            logits = self.plain[0].logits(real, self.encoded[which], self.settings, *of_row)
+            rows.append(F.pad(logits, (0, 0, len(ids) - len(real), 0)))
+        return CausalLMOutputWithPast(logits=torch.stack(rows))
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def plain_generator(plain: PlainQwen, prompts, videos, settings, prompt_lengths=None, images=None) -> PlainGenerator:
+    """
+    A [`PlainGenerator`] for some prompts.
 
     Rows are told apart by how they begin: `prompts` are (L,) ids without padding, `videos` and `images` what each has.
     """
-    lengths = prompt_lengths or [len(prompt) for prompt in prompts]
-    images = images or [[]] * len(prompts)
-    encoded = [[plain.encode(*video, settings) for video in row] for row in videos]
-
-    class Generator(type(plain.upstream)):
-        def forward(self, input_ids=None, attention_mask=None, **kwargs):
-            rows = []
-            for row, ids in enumerate(input_ids):
-                real = ids if attention_mask is None else ids[attention_mask[row].bool()]
-                which = next(i for i, p in enumerate(prompts) if torch.equal(real[: len(p)], p[: len(real)]))
-                logits = plain.logits(real, encoded[which], settings, lengths[which], videos[which], images[which])
-                rows.append(F.pad(logits, (0, 0, len(ids) - len(real), 0)))
-            return CausalLMOutputWithPast(logits=torch.stack(rows))
-
-        def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-            return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    generator = Generator._from_config(plain.config).eval()
-    generator.encoded = encoded
+    generator = copy.copy(plain.generator)
+    generator.prompts, generator.videos, generator.settings = prompts, videos, settings
+    generator.prompt_lengths = prompt_lengths or [len(prompt) for prompt in prompts]
+    generator.images = images or [[]] * len(prompts)
+    generator.encoded = [[plain.encode(*video, settings) for video in row] for row in videos]
     return generator
 
 
@@ -412,16 +500,30 @@ class Family:
     Attributes:
         name: In the names of our classes.
         values: Of the configuration.
+        upstream: transformers' class.
+        trained: Names of parameters in parts of their own.
+        plain: The plain loop.
+        layers: Where stage 3 may run: usually, as early as can be, and as late.
+        is_timed: Whether each of a video's temporal patches stands apart in the prompt, with its time before it.
         most_pixels: What the `size` of videos allows: all frames together, or each.
-        upstream, upstream_processor, upstream_video_processor: transformers' classes.
+        grids: (T, h, w) of two videos.
+        tolerance: How far logits may be off. Linear attention's norms make more of rounding: where a millionth of the
+            tokens that go in is changed, upstream's logits change by 1.3e-4.
+        upstream_processor, upstream_video_processor: transformers' classes.
     """
 
     name: str
     values: dict
-    most_pixels: int
     upstream: type
-    upstream_processor: type
-    upstream_video_processor: type
+    trained: tuple[str, ...]
+    plain: type[PlainQwen] = PlainQwen
+    layers: tuple[int, int, int] = (2, 1, 4)
+    is_timed: bool = True
+    most_pixels: int = 8 * 16 * 32
+    grids: tuple[tuple[int, int, int], ...] = ((4, 4, 8), (3, 8, 4))
+    tolerance: float = 1e-5
+    upstream_processor: type = Qwen3VLProcessor
+    upstream_video_processor: type = Qwen3VLVideoProcessor
 
     def ours(self, role: str) -> type:
         """A class of the package, by the end of its name."""
@@ -430,6 +532,37 @@ class Family:
     @property
     def generation(self) -> type:
         return self.ours("ForConditionalGeneration")
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether some of the decoder's layers have linear attention, whose states upstream can't repeat or crop."""
+        return "linear_num_key_heads" in self.values["text_config"]
+
+    @property
+    def has_experts(self) -> bool:
+        return "num_experts" in self.values["text_config"]
+
+    @property
+    def has_deepstack(self) -> bool:
+        return "deepstack_visual_indexes" in self.values["vision_config"]
+
+    def prompt(self, *parts, seed: int = 0) -> torch.Tensor:
+        return make_prompt(*parts, seed=seed, is_timed=self.is_timed)
+
+    def prompts(self) -> list[torch.Tensor]:
+        """Of different lengths, with a video in each."""
+        return [self.prompt(3, self.grids[0], 8, seed=21), self.prompt(2, self.grids[1], 3, seed=22)]
+
+    def videos(self) -> list:
+        return [video(grid, 23 + index) for index, grid in enumerate(self.grids)]
+
+    def media(self, videos=(), images=()) -> dict:
+        found = media(videos, images)
+        is_asked = bool(videos) and not self.is_timed
+        return found | ({"second_per_grid_ts": seconds_of(found["video_grid_thw"])} if is_asked else {})
+
+    def inputs_of(self, rows: list[torch.Tensor], videos=(), images=(), side: str = "left") -> dict:
+        return inputs_of(rows, side=side) | self.media(videos, images)
 
     def make_processor(self) -> ProcessorMixin:
         return make_processor(self.ours("Processor"), self.ours("VideoProcessor"), self.most_pixels)
@@ -450,22 +583,48 @@ class Family:
         return make_processor(self.upstream_processor, self.upstream_video_processor, self.most_pixels)
 
 
+_BLOCK, _LAYER = "model.visual.blocks.0.attn.qkv.weight", "model.language_model.layers.0"
+_DEEPSTACK, _MERGER = "model.visual.deepstack_merger_list.1.linear_fc2.weight", "model.visual.merger.linear_fc2.weight"
 FAMILIES = {
     "qwen2_5_vl": Family(
         "Qwen2_5_VL",
         QWEN2_5_VL,
-        16 * 32,
         Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLVideoProcessor,
+        (_BLOCK, "model.visual.merger.mlp.0.weight", f"{_LAYER}.self_attn.q_proj.weight"),
+        plain=PlainQwen2_5,
+        is_timed=False,
+        most_pixels=16 * 32,
+        grids=((4, 6, 10), (3, 8, 4)),  # three windows of 2 x 2 tokens and more, at the edges smaller ones
+        upstream_processor=Qwen2_5_VLProcessor,
+        upstream_video_processor=Qwen2VLVideoProcessor,
     ),
     "qwen3_vl": Family(
         "Qwen3VL",
         QWEN3_VL,
-        8 * 16 * 32,
         Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
+        (_BLOCK, _DEEPSTACK, f"{_LAYER}.self_attn.q_norm.weight"),
+    ),
+    "qwen3_vl_moe": Family(
+        "Qwen3VLMoe",
+        QWEN3_VL_MOE,
+        Qwen3VLMoeForConditionalGeneration,
+        (_BLOCK, _DEEPSTACK, f"{_LAYER}.mlp.experts.gate_up_proj", f"{_LAYER}.mlp.gate.weight"),
+    ),
+    "qwen3_5": Family(
+        "Qwen3_5",
+        QWEN3_5,
+        Qwen3_5ForConditionalGeneration,
+        (_BLOCK, _MERGER, f"{_LAYER}.linear_attn.in_proj_qkv.weight", f"{_LAYER}.linear_attn.A_log"),
+        layers=(2, 2, 4),
+        tolerance=5e-4,
+    ),
+    "qwen3_5_moe": Family(
+        "Qwen3_5Moe",
+        QWEN3_5_MOE,
+        Qwen3_5MoeForConditionalGeneration,
+        (_BLOCK, _MERGER, f"{_LAYER}.linear_attn.in_proj_qkv.weight", f"{_LAYER}.mlp.experts.gate_up_proj"),
+        layers=(2, 2, 4),
+        tolerance=5e-4,
     ),
 }
 CHECKPOINTS = {name: family.save for name, family in FAMILIES.items()}

@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..merging.flops import prefill_flops, tokens_by_layer
+from ..models.operations import mlp_width
 
 
 @dataclass
@@ -52,7 +53,7 @@ def row_savings(cache: Cache, attention_mask: torch.Tensor, num_visual: list[int
         outer, inner, layer = record.outer_mask.sum(1).tolist(), record.inner_mask.sum(1).tolist(), record.inner_layer
         if record.merged_videos:  # else it notes positions alone
             segments = [sum(len(video.segments) for video in videos) for videos in record.merged_videos]
-    depth, sizes = text_config.num_hidden_layers, (text_config.hidden_size, text_config.intermediate_size)
+    depth, sizes = text_config.num_hidden_layers, (text_config.hidden_size, mlp_width(text_config))
     savings = []
     for row, length in enumerate(lengths):
         num_text = length - num_visual[row]

@@ -73,6 +73,7 @@ class MergingView:
         temporal_patch_size: How many of the M frames are one of the F; the first of them is shown.
         method: What merged before the decoder.
         counts: Whether tokens count for as many as they stand for.
+        patch_grid: Rows and columns of a frame's P patches; `None`: a square.
     """
 
     name: str
@@ -88,6 +89,7 @@ class MergingView:
     temporal_patch_size: int = 1
     method: str = STAGES
     counts: bool = False
+    patch_grid: tuple[int, int] | None = None
 
     @property
     def sizes(self) -> torch.Tensor | None:
@@ -137,7 +139,7 @@ def merge_frames(
     del features[PIXELS]
     [tokens] = model.model.video_tokens(encoded)
     threshold = settings.similarity_threshold if settings.similarity_threshold < 1 else None
-    computed = getattr(encoded, "computed_patches", None)
+    computed, grids = (getattr(encoded, name, None) for name in ("computed_patches", "grids"))
     view = MergingView(
         "video",
         frames.permute(0, 2, 3, 1).cpu().numpy(),
@@ -149,6 +151,7 @@ def merge_frames(
         temporal_patch_size=getattr(answerer.processor.video_processor, "temporal_patch_size", 1),
         method=STAGES if settings.outer_method == "holitom" else METHODS[settings.outer_method].label,
         counts=settings.proportional_attention,
+        patch_grid=grids[0][1:] if grids else None,
     )
     if not (settings.has_inner_stage or settings.needs_question):
         return view
@@ -214,6 +217,7 @@ def figure_of(view: MergingView) -> Figure:
         view.temporal_patch_size,
         view.method,
         view.sizes,
+        view.patch_grid,
     )
 
 
@@ -245,7 +249,7 @@ def write_clip(view: MergingView, path: Path) -> None:
         title = f"{frames_text(*spans[number])} of {len(view.frames)}"
         if view.computed is not None:
             computed = view.computed[number]
-            original = Image.fromarray(paint_computed(np.asarray(original), computed))
+            original = Image.fromarray(paint_computed(np.asarray(original), computed, view.patch_grid))
             title += f": {computed.sum()} of {len(computed)} patches computed"
         num_kept = int(np.isin(fates[number], KEPT).sum())
         segment = segment_text(view.merged.segments[segment_of[number]], spans)

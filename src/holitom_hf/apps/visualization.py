@@ -188,15 +188,19 @@ def paint_frame(frame: np.ndarray, fates: np.ndarray, grid: tuple[int, int] | No
     return (painted * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def paint_computed(frame: np.ndarray, computed: np.ndarray) -> np.ndarray:
+def paint_computed(frame: np.ndarray, computed: np.ndarray, grid: tuple[int, int] | None = None) -> np.ndarray:
     """
     A frame in which patches that the vision tower took over from their segment's first frame are pale.
 
     Args:
         frame: (H, W, 3) uint8.
-        computed: (P,) bool, P a square.
+        computed: (P,) bool.
+        grid: Rows and columns of patches; `None`: a square.
+
+    Raises:
+        ValueError: If the grid has other than P cells.
     """
-    is_computed = of_pixels(computed, frame.shape[:2], grid_of(len(computed)))
+    is_computed = of_pixels(computed, frame.shape[:2], grid_of(len(computed), grid))
     pale = (1 - MERGED_VEIL) * frame.astype(np.float32) + MERGED_VEIL * 255
     return np.where(is_computed[..., None], frame, pale.round().astype(np.uint8))
 
@@ -239,6 +243,7 @@ def plot_merging(
     temporal_patch_size: int = 1,
     method: str = STAGES,
     sizes: torch.Tensor | None = None,
+    patch_grid: tuple[int, int] | None = None,
 ) -> Figure:
     """
     Draws segments, the fate of every token, and the token budget: every row of frames untouched, after stages 1 and 2,
@@ -260,6 +265,7 @@ def plot_merging(
         method: What came before the decoder, the name of the second row.
         sizes: (N,), for how many tokens each output counts in the attention; kept ones that count for several have
             their number in the second row, if there is room for it.
+        patch_grid: Rows and columns of a frame's P patches; `None`: a square.
 
     Returns:
         A matplotlib figure.
@@ -284,7 +290,7 @@ def plot_merging(
         draw_similarity(axes[0], merged, similarity, threshold, spans)
     originals = frames
     if computed is not None:
-        originals = [paint_computed(frame, of_frame) for frame, of_frame in zip(frames, computed)]
+        originals = [paint_computed(frame, of_frame, patch_grid) for frame, of_frame in zip(frames, computed)]
     _draw_frames(axes[-2], layout, frames, originals, rows, merged, grid, spans)
     numbers = shown_sizes(merged, fates, sizes)
     has_numbers = _draw_numbers(axes[-2], layout, numbers, grid)

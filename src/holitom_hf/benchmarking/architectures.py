@@ -57,7 +57,7 @@ _TINY_SIGLIP = _SIGLIP | {
     "num_attention_heads": 4,
 }
 ARCHITECTURES = tuple(_DECODERS)
-# Of Qwen/Qwen2.5-VL-7B-Instruct and Qwen/Qwen3-VL-8B-Instruct: `model_type`, vision tower, decoder.
+# Of Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct and Qwen/Qwen3.5-9B: `model_type`, vision tower, decoder.
 _QWEN = {
     "qwen2.5-vl-7b": (
         "qwen2_5_vl",
@@ -101,6 +101,30 @@ _QWEN = {
             "vocab_size": 151936,
         },
     ),
+    "qwen3.5-9b": (
+        "qwen3_5",
+        {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 4096,
+        },
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "vocab_size": 248320,
+        },
+    ),
 }
 QWEN_ARCHITECTURES = tuple(_QWEN)
 
@@ -111,12 +135,16 @@ def qwen_architecture(name: str, settings: HoliTomConfig | None = None):
 
     Args:
         name: One of `QWEN_ARCHITECTURES`.
-        settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth.
+        settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth, or at the layer next
+            to it that follows one of full attention.
     """
     model_type, vision, text = _QWEN[name]
-    settings = settings or HoliTomConfig(inner_merge_layer=round(18 / 28 * text["num_hidden_layers"]))
-    config = backbone_class(backbones()[model_type], "config")
-    return config(vision_config=vision, text_config=text, holitom_config=settings)
+    config = backbone_class(backbones()[model_type], "config")(vision_config=vision, text_config=text)
+    types = getattr(config.text_config, "layer_types", None) or ["full_attention"] * text["num_hidden_layers"]
+    allowed = [layer + 1 for layer, kind in enumerate(types[:-1]) if kind == "full_attention"]
+    middle = min(allowed, key=lambda layer: abs(layer - 18 / 28 * len(types)))
+    config.holitom_config = settings or HoliTomConfig(inner_merge_layer=middle)
+    return config
 
 
 def architecture(name: str, settings: HoliTomConfig | None = None) -> HoliTomLlavaOnevisionConfig:

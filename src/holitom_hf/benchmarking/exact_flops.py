@@ -18,7 +18,13 @@ from ..merging.inner import num_inner_kept
 from ..merging.products import segmentation_flops
 from ..merging.registry import METHODS
 from ..merging.video_tokens import VideoTokens
-from ..models.operations import EncoderOperations, decoder_flops, inner_merging_flops, output_layer_flops
+from ..models.operations import (
+    EncoderOperations,
+    decoder_flops,
+    inner_merging_flops,
+    mlp_width,
+    output_layer_flops,
+)
 from ..models.registry import encoder_operations
 
 
@@ -202,7 +208,7 @@ def compare_flops(
     if layer is not None:
         inner = outer * (1 - settings.inner_merge_ratio)
     paper = [
-        prefill_flops(layers, text.hidden_size, text.intermediate_size)
+        prefill_flops(layers, text.hidden_size, mlp_width(text))
         for layers in ([total] * depth, tokens_by_layer(outer, inner, layer, depth))
     ]
     return exact[0], exact[1], (paper[0], paper[1])

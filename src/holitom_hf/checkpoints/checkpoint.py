@@ -222,7 +222,7 @@ def _check_base(config, base: str, revision: str, checkpoint, hub_kwargs: dict) 
     for part in ("text_config", "vision_config"):
         ours, theirs = getattr(config, part), getattr(base_config, part)
         for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
-            if getattr(ours, name) != getattr(theirs, name):
+            if getattr(ours, name, None) != getattr(theirs, name, None):  # experts' have other names
                 raise ValueError(
                     f"{checkpoint} takes its weights from {base!r}, whose {part}.{name} is {getattr(theirs, name)}, "
                     f"but its own config says {getattr(ours, name)}"

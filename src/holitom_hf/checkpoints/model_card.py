@@ -93,7 +93,9 @@ from the video.
 def _savings_table(config) -> str:
     """Tokens and operations at several numbers of frames, or of tokens where frames differ in size."""
     settings, text = config.holitom_config, config.text_config
-    sizes, depth = (text.hidden_size, text.intermediate_size), text.num_hidden_layers
+    # Of all experts that see a token, where there are experts.
+    width = getattr(text, "moe_intermediate_size", 0) * getattr(text, "num_experts_per_tok", 1)
+    sizes, depth = (text.hidden_size, width or text.intermediate_size), text.num_hidden_layers
     lines = ["| frames | tokens | before the decoder | after stage 3 | prefill FLOPs |", "| ---: " * 5 + "|"]
     for num_frames in (8, 16, 32, 64):
         tokens = num_frames * (config.tokens_per_frame or 128)

@@ -5,8 +5,10 @@ A multiplication and an addition count as two, as torch counts them. Merging is 
 exact formulas (`models/operations.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..answering.prompts import ExpandedVideo
@@ -45,31 +47,47 @@ class EncodedVideo:
 
 
 def encoded_video(
-    features: HoliTomVideoFeatures, config, num_frames: int, settings: HoliTomConfig, prompt: ExpandedVideo
+    encode: Callable[[HoliTomConfig], HoliTomVideoFeatures],
+    config,
+    num_frames: int,
+    settings: HoliTomConfig,
+    prompt: ExpandedVideo,
 ) -> EncodedVideo:
     """
     An [`EncodedVideo`].
 
     Args:
-        features: Of one video.
+        encode: Sends one video through the tower as settings have it.
         config: The model's.
         num_frames: F, as they were decoded.
-        settings: What the video was encoded with.
+        settings: What to encode it with; they need importance.
         prompt: What stands for it in prompts.
     """
-    vision = config.vision_config
-    if features.rows_by_layer is not None:
+    vision, features = config.vision_config, encode(settings)
+    grids = getattr(features, "grids", None)
+    if features.rows_by_layer is None:
+        size = None if grids is None else tuple(side * vision.patch_size for side in grids[0][1:])
+        whole = replace(settings, vision_reuse_layer=None)
+        operations = encoder_operations(config, num_frames, size, whole)
+        return EncodedVideo(features, prompt, operations.vision_tower + operations.projector, operations.importance)
+    if grids is None:
         [rows_by_layer], num_rows = features.rows_by_layer, int(features.computed_patches[0].sum())
         tower = packed_tower_flops(vision, rows_by_layer, settings.vision_method)
         importance = importance_flops(vision, num_frames, int(rows_by_layer[-1].sum()))
         return EncodedVideo(features, prompt, tower + projector_flops(config, num_frames, num_rows), importance)
-    size = None
-    if getattr(features, "grids", None):
-        [(_, height, width)] = features.grids
-        size = (height * vision.patch_size, width * vision.patch_size)
-    whole = replace(settings, vision_reuse_layer=None)
-    operations = encoder_operations(config, num_frames, size, whole)
-    return EncodedVideo(features, prompt, operations.vision_tower + operations.projector, operations.importance)
+    # Which patch is computed in which window, and which tokens have one, no formula knows.
+    without, both = (
+        counted(lambda used=used: encode(used)) for used in (replace(settings, outer_method="random_tokens"), settings)
+    )
+    return EncodedVideo(features, prompt, without, both - without)
+
+
+def counted(function: Callable[[], object]) -> float:
+    """Operations of a call, as torch counts them."""
+    # The counter knows no fused attention on CPUs: the plain one is made of products that it knows.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return float(counter.get_total_flops())
 
 
 def merging_operations(model, video: EncodedVideo, settings: HoliTomConfig, num_text: int) -> float:
@@ -85,9 +103,7 @@ def merging_operations(model, video: EncodedVideo, settings: HoliTomConfig, num_
     [tokens] = model.model.video_tokens(video.features)
     if settings.needs_question:
         tokens = replace(tokens, question=tokens.features.new_zeros(num_text, tokens.features.shape[-1]))
-    with FlopCounterMode(display=False) as counter:
-        merge_videos([tokens], settings)
-    return float(counter.get_total_flops())
+    return counted(lambda: merge_videos([tokens], settings))
 
 
 def decoding_operations(text_config, savings: Savings, settings: HoliTomConfig, num_text: int) -> float:

@@ -5,12 +5,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BatchFeature
 
 from ..answering.answerer import Answerer
@@ -21,7 +20,7 @@ from ..configuration import HoliTomConfig
 from ..models.upstream import cache_of
 from ..models.vision import HoliTomVideoFeatures
 from .methods import Run
-from .operations import EncodedVideo, encoded_video, first_token_operations, merging_operations
+from .operations import EncodedVideo, counted, encoded_video, first_token_operations, merging_operations
 
 
 @dataclass
@@ -217,10 +216,14 @@ def _encode(answerer: Answerer, decoded: dict[str, tuple], settings: HoliTomConf
     settings, model, encoded = HoliTomConfig(retention_ratio=0.5, **_vision_fields(settings)), answerer.model, {}
     for video, (pixels, prompt) in decoded.items():
         inputs = BatchFeature(prompt.features | {PIXELS: pixels.to(model.device, model.dtype)})
-        features = encode_videos(model, inputs, vision_batch_size=32, holitom_config=settings)
         [num_frames] = frames_of(inputs, answerer.processor)
-        encoded[video] = encoded_video(features, model.config, num_frames, settings, prompt)
+        encode = partial(_features, model, inputs)
+        encoded[video] = encoded_video(encode, model.config, num_frames, settings, prompt)
     return encoded
+
+
+def _features(model, inputs: BatchFeature, settings: HoliTomConfig) -> HoliTomVideoFeatures:
+    return encode_videos(model, inputs, vision_batch_size=32, holitom_config=settings)
 
 
 def _together(encoded: dict[str, EncodedVideo], questions: list[VideoQuestion]) -> HoliTomVideoFeatures:
@@ -330,12 +333,8 @@ def _answer(answerer, run: Run, questions, encoded, max_new_tokens, counted: set
 
 def _count(answerer, run: Run, question: VideoQuestion, encoded, first_answer: str | None) -> float:
     """Operations of merging, decoder and one output token as torch counts them."""
-    # The counter knows no fused attention on CPUs: the plain one is made of products that it knows.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        answerer.model(
-            **_prompts(answerer, [question], encoded, [first_answer]),
-            mm_encoder_outputs={"video": _together(encoded, [question])},
-            holitom_config=run.settings,
-            logits_to_keep=1,
-        )
-    return float(counter.get_total_flops())
+    inputs = _prompts(answerer, [question], encoded, [first_answer])
+    together = {"video": _together(encoded, [question])}
+    return counted(
+        lambda: answerer.model(**inputs, mm_encoder_outputs=together, holitom_config=run.settings, logits_to_keep=1)
+    )

@@ -4,13 +4,14 @@ import importlib
 from collections.abc import Callable
 
 
-def of_package(module: str, function: str) -> Callable:
+def of_package(module: str, function: str, why: str = "is there to compare with") -> Callable:
     """
     A function that is looked up when it is called, so that checkpoints do not carry its file.
 
     Args:
         module: Its place in `holitom_hf`.
         function: Its name.
+        why: What the file is or does.
     """
 
     def call(*args, **kwargs):
@@ -18,7 +19,7 @@ def of_package(module: str, function: str) -> Callable:
             found = importlib.import_module(f"holitom_hf.{module}")
         except ModuleNotFoundError as error:
             raise ImportError(
-                f"{module!r} is there to compare with, and a checkpoint's code does without: pip install holitom-hf"
+                f"{module!r} {why}, and a checkpoint's code does without: pip install holitom-hf"
             ) from error
         return getattr(found, function)(*args, **kwargs)
 

@@ -56,8 +56,8 @@ class CompressingModelMixin:
         """
         return None
 
-    def kept_slots(self, merged: MergedVideo, video: VideoTokens, settings: HoliTomConfig) -> torch.Tensor:
-        """Hook: the same where tokens keep their places. Raises a `ValueError` if newlines have none."""
+    def kept_slots(self, merged: MergedVideo, video, settings):
+        """Hook: the same, (N,) int64, where tokens keep their places. Raises a `ValueError` if newlines have none."""
         if settings.has_outer_stage and settings.newline_position == "row":
             raise ValueError(
                 'position_ids="kept" needs newline_position="end": newlines of rows have no place to keep'
@@ -285,7 +285,7 @@ class CompressingModelMixin:
             position_ids = past.next_position + num_after + torch.arange(num_new, device=inputs_embeds.device)
         is_ready = isinstance(attention_mask, dict)  # masks that hold the sizes already
         sizes = (None, None) if is_ready else (past.outer_sizes, past.inner_sizes)
-        if past.inner_layer is not None or sizes[0] is not None:
+        if past.inner_layer is not None or sizes[0] is not None or self.language_model.needs_stage:
             stage = InnerStage(layer=past.inner_layer, sizes=sizes[0], inner_sizes=sizes[1])
             if inner_mask is not None:
                 stage.past_mask, stage.mask = inner_mask[:, :-num_new], inner_mask[:, -num_new:]
@@ -369,7 +369,7 @@ class CompressingModelMixin:
         layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
         has_gaps = (is_kept or self.has_position_gaps) and positions.ndim == 2
         outer_sizes = joined_sizes(past.outer_sizes, prompt.sizes, past.outer_mask, packed.mask)
-        if layer is not None or has_gaps or outer_sizes is not None:
+        if layer is not None or has_gaps or outer_sizes is not None or self.language_model.needs_stage:
             stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached, has_gaps=has_gaps)
             stage.sizes, stage.inner_sizes, stage.counts_removed = outer_sizes, past.inner_sizes, counts
             if not settings.has_inner_stage:

@@ -51,14 +51,17 @@ class HoliTomDecoderMixin:
     Stage 3 (section 3.3) for any decoder of Llama's and Qwen's shape: before upstream's class, which has `layers`,
     `norm` and `rotary_emb`.
 
-    What differs between decoders are these hooks: [`attention_layers`], [`layer_masks`], [`query_of`], [`keys_of`] and
-    [`after_layer`].
+    What differs between decoders are these hooks: [`attention_layers`], [`layer_masks`], [`query_of`], [`keys_of`],
+    [`rotated`] and [`after_layer`].
 
     Attributes:
         num_position_axes: A of the position ids (A, B, N) that `rotary_emb` takes; 1: they are (B, N).
+        needs_stage: Whether every call that is or was compressed comes with an [`InnerStage`], and so runs the loop
+            over the layers that is here, also if all see the same tokens, which count alike.
     """
 
     num_position_axes = 1
+    needs_stage = False
 
     def attention_layers(self) -> list[int]:
         """Hook: the layers whose attention stage 3 may ask, those that see every position before."""
@@ -92,6 +95,10 @@ class HoliTomDecoderMixin:
     def keys_of(self, attention: nn.Module, normed: torch.Tensor) -> torch.Tensor:
         """Hook: keys before their rotation, (B, N, D) -> (B, H_kv, N, d)."""
         return heads_of(attention, attention.k_proj(normed), getattr(attention, "k_norm", None))
+
+    def rotated(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Hook: queries or keys (B, H, N, d) behind their rotation by `rotary_emb`'s cosine and sine."""
+        return apply_rotary_pos_emb(states, states, cos, sin)[0]
 
     def after_layer(
         self,
@@ -163,7 +170,7 @@ class HoliTomDecoderMixin:
             cache = DynamicCache(config=self.config)
         first_inner, merges = inner_stage.layer, inner_stage.videos is not None
         if first_inner is not None:
-            self._check_layers(first_inner)
+            self.check_layers(first_inner)
 
         hidden_states = inputs_embeds
         masks = self._masks_from(hidden_states, attention_mask, cache, 0, inner_stage.sizes)
@@ -224,7 +231,8 @@ class HoliTomDecoderMixin:
         types = getattr(self.config, "layer_types", None)
         return types[layer_idx] if types else "full_attention"
 
-    def _check_layers(self, first_inner: int) -> None:
+    def check_layers(self, first_inner: int) -> None:
+        """Raises a `ValueError` if stage 3 can't run from layer `first_inner` on."""
         types = getattr(self.config, "layer_types", None) or ()
         if "sliding_attention" in types:
             raise ValueError(
@@ -232,7 +240,7 @@ class HoliTomDecoderMixin:
             )
         asked = self.attention_layers()
         if first_inner - 1 not in asked:
-            layers = ", ".join(str(layer + 1) for layer in asked)
+            layers = ", ".join(str(layer + 1) for layer in asked if layer + 1 < len(self.layers))
             raise ValueError(
                 f"inner_merge_layer is {first_inner}, but the layer before it has no attention over all positions: "
                 f"choose one of {layers}, or None"
@@ -241,7 +249,8 @@ class HoliTomDecoderMixin:
     def _masks_from(self, hidden_states, attention_mask, cache, layer_idx: int, sizes) -> dict:
         """The masks of the layers from `layer_idx` on, from a 2D one of their positions or a dict of ready ones."""
         if isinstance(attention_mask, dict):
-            return {"full_attention": attention_mask["full_attention" if layer_idx == 0 else "inner_attention"]}
+            inner = {"full_attention": attention_mask.get("inner_attention")} if layer_idx else {}
+            return attention_mask | inner
         return self.layer_masks(hidden_states, attention_mask, cache, layer_idx, sizes)
 
     @torch.no_grad()
@@ -278,9 +287,9 @@ class HoliTomDecoderMixin:
         cos, sin = (values.to(normed.device).expand(batch_size, -1, -1) for values in position_embeddings)
 
         queries = self.query_of(attention, take_rows(normed, query))  # (B, H, 1, d)
-        queries, _ = apply_rotary_pos_emb(queries, queries, take_rows(cos, query), take_rows(sin, query))
+        queries = self.rotated(queries, take_rows(cos, query), take_rows(sin, query))
         if keys is None:
-            keys, _ = apply_rotary_pos_emb(*[self.keys_of(attention, normed)] * 2, cos, sin)
+            keys = self.rotated(self.keys_of(attention, normed), cos, sin)
 
         num_kv_heads, num_keys = keys.shape[1:3]
         queries = queries.view(batch_size, num_kv_heads, -1, attention.head_dim)  # (B, H_kv, G, d)

@@ -180,7 +180,7 @@ class HoliTomGenerationMixin:
         layers = {"full_attention": (0, past.outer_mask, past.outer_sizes)}
         if past.inner_layer is not None:
             layers["inner_attention"] = (past.inner_layer, past.inner_mask, past.inner_sizes)
-        masks = {}
+        masks = {"linear_attention": None}  # a step's tokens are real
         for name, (layer_idx, mask, sizes) in layers.items():
             if past.is_padded or attention_mask is not None:
                 # Places after the compressed ones are real where the caller's mask says so or does not reach yet:

@@ -1,5 +1,5 @@
 """
-Operations of the parts of a forward pass: a SigLIP tower, and a decoder of Llama's and Qwen's shape. What stands
+Operations of the parts of a forward pass: a SigLIP tower, and a decoder of Llama's or Qwen's shape. What stands
 before the decoder is each backbone's own: `encoder_operations` in its folder's `operations.py`.
 
 A multiplication and an addition count as two, as torch's `FlopCounterMode` has it, and like there only matrix products
@@ -88,16 +88,75 @@ def importance_flops(vision_config, num_frames: int, num_rows: int | None = None
 
 def decoder_flops(text_config, num_tokens: Sequence[int]) -> float:
     """
-    Operations of a prompt's way through Qwen2's layers, every token's attention over all of them (as torch counts).
+    Operations of a prompt's way through a decoder's layers, of Qwen2's and Qwen3's shape or Qwen3.5's.
 
     Args:
         text_config: Of the decoder.
         num_tokens: n of every layer.
     """
+    types = getattr(text_config, "layer_types", None) or ["full_attention"] * len(num_tokens)
+    attention = {"linear_attention": linear_attention_flops}
+    return float(
+        sum(
+            attention.get(kind, full_attention_flops)(text_config, n) + n * _mlp_flops(text_config, layer)
+            for layer, (kind, n) in enumerate(zip(types, num_tokens))
+        )
+    )
+
+
+def full_attention_flops(text_config, num_tokens: int) -> float:
+    """Operations of a layer of attention over `num_tokens` tokens, of each to all (as torch counts)."""
     dim, heads, groups = text_config.hidden_size, text_config.num_attention_heads, text_config.num_key_value_heads
-    head_dim = getattr(text_config, "head_dim", None) or dim // heads
-    per_token = 2 * dim * head_dim * (2 * heads + 2 * groups) + 2 * 3 * dim * text_config.intermediate_size
-    return float(sum(n * per_token + 4 * n**2 * heads * head_dim for n in num_tokens))
+    projections = 2 * dim * _head_dim(text_config) * ((1 + _query_width(text_config)) * heads + 2 * groups)
+    return float(num_tokens * projections + 4 * num_tokens**2 * heads * _head_dim(text_config))
+
+
+def linear_attention_flops(text_config, num_tokens: int) -> float:
+    """
+    Operations of a gated delta net over `num_tokens` tokens: projections, the convolution with its padding, and the
+    delta rule in chunks of 64 tokens, the last one filled up, as transformers' torch code computes it.
+
+    As in torch's count, the triangular system of each chunk is solved for nothing. Other kernels do other things.
+
+    Source: `torch_chunk_gated_delta_rule` of transformers; arXiv 2412.06464, section 3.3.
+    """
+    dim, chunk, kernel = text_config.hidden_size, 64, text_config.linear_conv_kernel_dim
+    heads, key_dim, value_dim = (
+        getattr(text_config, f"linear_{name}") for name in ("num_value_heads", "key_head_dim", "value_head_dim")
+    )
+    keys, values = text_config.linear_num_key_heads * key_dim, heads * value_dim
+    projections = 2 * dim * (2 * keys + 3 * values + 2 * heads)
+    convolution = 2 * (num_tokens + kernel - 1) * kernel * (2 * keys + values)
+    rows = -(-num_tokens // chunk) * chunk * heads
+    rule = rows * (4 * chunk * key_dim + 2 * chunk * value_dim + 6 * key_dim * value_dim)
+    return float(num_tokens * projections + convolution + rule)
+
+
+def _mlp_flops(text_config, layer: int) -> int:
+    """Operations of a layer's MLP for one token, or of its router and the experts that it is sent to."""
+    dim, num_experts = text_config.hidden_size, getattr(text_config, "num_experts", 0)
+    step, dense = getattr(text_config, "decoder_sparse_step", 1), getattr(text_config, "mlp_only_layers", ())
+    if layer in dense or (layer + 1) % step:
+        return 2 * 3 * dim * text_config.intermediate_size
+    has_shared = bool(getattr(text_config, "shared_expert_intermediate_size", 0))  # behind a gate
+    return 2 * dim * (num_experts + has_shared + 3 * mlp_width(text_config))
+
+
+def mlp_width(text_config) -> int:
+    """Neurons of a layer's MLP, or of all the experts that see one token."""
+    if not getattr(text_config, "num_experts", 0):
+        return text_config.intermediate_size
+    shared = getattr(text_config, "shared_expert_intermediate_size", 0)
+    return text_config.num_experts_per_tok * text_config.moe_intermediate_size + shared
+
+
+def _head_dim(text_config) -> int:
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
+def _query_width(text_config) -> int:
+    """How many outputs a head's query has for each of its dimensions: Qwen3.5's has a gate with it."""
+    return 2 if hasattr(text_config, "linear_num_key_heads") else 1
 
 
 def inner_merging_flops(text_config, num_tokens: int, videos: Sequence[tuple[int, int]], is_folding: bool) -> float:
@@ -110,9 +169,8 @@ def inner_merging_flops(text_config, num_tokens: int, videos: Sequence[tuple[int
         videos: How many tokens of each video are kept and how many removed.
         is_folding: Whether removed ones are folded into kept ones.
     """
-    dim, heads = text_config.hidden_size, text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or dim // heads
-    query = 2 * dim * heads * head_dim + 2 * num_tokens * heads * head_dim
+    dim, width = text_config.hidden_size, text_config.num_attention_heads * _head_dim(text_config)
+    query = 2 * dim * width * _query_width(text_config) + 2 * num_tokens * width
     return float(query + is_folding * sum(2 * dim * kept * removed for kept, removed in videos))
 
 

@@ -10,7 +10,7 @@ from ..checkpoints.backbone import Backbone
 
 # Of checkpoints that LLaVA's authors published, of LLaVA-OneVision and LLaVA-Video.
 ORIGINAL_TYPE = "llava_qwen"
-FOLDERS = ("llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl")
+FOLDERS = ("llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 def backbones() -> dict[str, Backbone]:

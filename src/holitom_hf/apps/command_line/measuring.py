@@ -27,7 +27,7 @@ from .options import (
 
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
-QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b")
+QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-9b")
 # Options of drawn sets.
 Split = Annotated[
     str,

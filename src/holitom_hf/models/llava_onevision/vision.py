@@ -131,7 +131,7 @@ class LlavaOnevisionVisionMixin:
 
         features = torch.cat([part.flatten(0, -2) for part in features]).view(len(pixels), -1, features[0].shape[-1])
         newline = self.image_newline[None].to(features)
-        videos = [self.with_newlines(frames, newline) for frames in features.split(num_frames)]
+        videos = [torch.cat([frames.flatten(0, 1), newline]) for frames in features.split(num_frames)]
         last_hidden_state, *hidden_states = joined_chunks(states) or [None]
         return HoliTomVideoFeatures(
             last_hidden_state=last_hidden_state,
@@ -216,10 +216,6 @@ class LlavaOnevisionVisionMixin:
                 )
 
         return plan, parts()
-
-    def with_newlines(self, frames: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
-        """Hook: the tokens (N, D) of a whole video, from its frames (F, T, D) and the newline (1, D)."""
-        return torch.cat([frames.flatten(0, 1), newline])
 
     def apply_pooling(self, image_features: torch.Tensor) -> torch.Tensor:
         """

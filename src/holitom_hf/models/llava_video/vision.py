@@ -1,5 +1,6 @@
 """From pixels to features: LLaVA-Video's pooling, and its newlines."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ from ...merging.merged_video import MergedVideo, TokenKind
 from ...merging.settings import MergingSettings
 from ...merging.video_tokens import VideoTokens
 from ...sequence.placeholders import assign_videos
+from ..llava_onevision.vision import LlavaOnevisionVisionMixin
 from ..vision import HoliTomVideoFeatures
 from .layout import GRID
 
@@ -51,12 +53,21 @@ class LlavaVideoVisionMixin:
             pooled = (F.avg_pool2d if layout.pool_mode == "average" else F.max_pool2d)(frames, layout.stride)
         return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def with_newlines(self, frames: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
-        """Overrides LlavaOnevisionVisionMixin.with_newlines: (F, T, D) and (1, D) to the tokens of a whole video."""
-        if self.config.newline_layout != GRID:
-            return super().with_newlines(frames, newline)
-        rows = frames.unflatten(1, (self.config.layout.side,) * 2)  # (F, H, W, D)
-        return torch.cat([rows, newline.expand(*rows.shape[:2], 1, -1)], dim=2).flatten(0, 2)
+    # `generate` reads there which arguments it may pass.
+    @functools.wraps(LlavaOnevisionVisionMixin.get_video_features)
+    def get_video_features(self, *args, return_dict: bool | None = None, **kwargs):
+        """Overrides LlavaOnevisionVisionMixin.get_video_features: newlines stand behind rows, in the grid layout."""
+        video = super().get_video_features(*args, return_dict=True, **kwargs)
+        if self.config.newline_layout == GRID:
+            side, videos = self.config.layout.side, []
+            for tokens in video.pooler_output:
+                rows = tokens[:-1].unflatten(0, (-1, side))  # (F*H, W, D)
+                newlines = tokens[-1].expand(len(rows), 1, -1)
+                videos.append(torch.cat([rows, newlines], dim=1).flatten(0, 1))
+            is_even = isinstance(video.pooler_output, torch.Tensor)
+            video.pooler_output = torch.stack(videos) if is_even else videos
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return video if return_dict else video.to_tuple()
 
     def video_tokens(self, video: HoliTomVideoFeatures) -> list[VideoTokens]:
         """Overrides LlavaOnevisionVisionMixin.video_tokens: newlines stand between the tokens, not behind them."""

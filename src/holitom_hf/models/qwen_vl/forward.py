@@ -3,6 +3,7 @@
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from ...configuration import HoliTomConfig
@@ -124,6 +125,14 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
 class QwenHeadMixin(CompressedHeadMixin):
     """For the model with a head of a Qwen-VL backbone, before upstream's class."""
 
+    output_class = QwenCausalLMOutput
+
+    def finished(
+        self, output: QwenCausalLMOutput, inside: ModelOutput, attention_mask: torch.Tensor | None
+    ) -> QwenCausalLMOutput:
+        """Hook: an output with what else the head computes of `inside`, that of the model without a head."""
+        return output
+
     @takes_cache
     @merge_with_config_defaults
     @can_return_tuple
@@ -190,7 +199,8 @@ class QwenHeadMixin(CompressedHeadMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return QwenCausalLMOutput(loss=loss, logits=logits, **shared_fields(outputs, QwenCausalLMOutput))
+        output = self.output_class(loss=loss, logits=logits, **shared_fields(outputs, self.output_class))
+        return self.finished(output, outputs, attention_mask)
 
     def get_video_features(self, *args, **kwargs):
         """Overrides upstream's get_video_features: see [`QwenVisionMixin`]."""

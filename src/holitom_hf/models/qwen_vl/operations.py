@@ -1,6 +1,8 @@
 """Operations of the Qwen-VL families before their decoders."""
 
+from ...merging.products import segmentation_flops
 from ..operations import EncoderOperations
+from .reuse import check_reuse
 
 
 USUAL_SIZE = 14  # tokens on each side of a frame, where no size is asked for
@@ -13,15 +15,18 @@ def encoder_operations(
     What stands before the decoder, for one video.
 
     Args:
-        config: Of Qwen2.5-VL or Qwen3-VL.
+        config: Of Qwen2.5-VL, or Qwen3-VL and those after it.
         num_frames: Frames of the video, of which `temporal_patch_size` make one that the method sees.
         size: Height and width that frames are resized to, in pixels; `None`: of 14 x 14 tokens.
-        settings, computed_share: Not looked at: these towers compute all patches.
+        settings: [`HoliTomConfig`]; default: the config's.
+        computed_share: Of the patches that the vision tower computes after `vision_reuse_layer`, where that is set:
+            the same of every window's, in whole squares.
 
     Raises:
-        ValueError: If a side is no multiple of the square of patches that makes a token.
+        ValueError: If a side is no multiple of the square of patches that makes a token, or the tower can't leave out
+            what the settings say.
     """
-    vision = config.vision_config
+    settings, vision = settings or config.holitom_config, config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
     size = (USUAL_SIZE * unit, USUAL_SIZE * unit) if size is None else size
     if any(side % unit or side < unit for side in size):
@@ -33,10 +38,16 @@ def encoder_operations(
 
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     gates = 3 if hasattr(vision, "fullatt_block_indexes") else 2  # matrices of a block's MLP
-    tower = 2 * patches * pixels * dim
+    tower, decision, share = temporal * 2 * patches * pixels * dim, 0.0, 1.0
+    if settings.has_vision_stage:
+        check_reuse(config, settings)
+        decision = segmentation_flops(temporal, patches, dim)
     for block in range(vision.depth):
+        if block == settings.vision_reuse_layer:
+            share = computed_share
         attended = _attended(vision, height, width, block)
-        tower += 2 * patches * (4 * dim**2 + gates * dim * vision.intermediate_size) + 4 * attended * dim
+        matrices = 2 * patches * (4 * dim**2 + gates * dim * vision.intermediate_size)
+        tower += share * temporal * (matrices + 4 * attended * dim)
     merged = dim * vision.spatial_merge_size**2
     mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     return EncoderOperations(
@@ -44,9 +55,9 @@ def encoder_operations(
         tokens_per_frame=tokens,
         num_newlines=0,
         key_dim=dim // vision.num_heads,
-        vision_tower=float(temporal * tower),
-        projector=float(temporal * mergers * 2 * tokens * (merged**2 + merged * vision.out_hidden_size)),
-        importance=float(temporal * (2 * patches * 3 * dim**2 + 2 * patches**2 * dim)),
+        vision_tower=float(tower + decision),
+        projector=float(share * temporal * mergers * 2 * tokens * (merged**2 + merged * vision.out_hidden_size)),
+        importance=float(temporal * (share * 2 * patches * 3 * dim**2 + 2 * patches**2 * dim)),
     )
 
 

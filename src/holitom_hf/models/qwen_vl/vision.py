@@ -9,10 +9,14 @@ from transformers.utils.generic import can_return_tuple
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from ...configuration import HoliTomConfig
+from ...merging.package import of_package
 from ...merging.video_tokens import VideoTokens
 from ...sequence.placeholders import assign_videos
 from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once, joined_chunks
 from ..vision_importance import received_attention
+
+
+encode_changes = of_package("models.qwen_vl.reuse", "encode_changes", "is what vision_reuse_layer needs")
 
 
 @dataclass
@@ -24,6 +28,7 @@ class QwenVideoFeatures(HoliTomVideoFeatures):
     Attributes:
         pooler_output: A list of V tensors (T_v*h_v*w_v / merge_size^2, D).
         deepstack_features: For each of the tower's layers that have them a list of V tensors, as `pooler_output`.
+        computed_patches: As [`HoliTomVideoFeatures`] has it, (T_v, h_v*w_v), row by row.
         grids: A list of V tuples (T, h, w).
     """
 
@@ -116,15 +121,11 @@ class QwenVisionMixin:
             kwargs: As upstream.
 
         Raises:
-            ValueError: If pixels are not finite, `vision_batch_size` is below 1, or the settings ask for a tower
-                that leaves patches out, or for importance where the last block sees windows alone.
+            ValueError: If pixels are not finite, `vision_batch_size` is below 1, or the settings ask for importance
+                where the last block sees windows alone, or for what a tower can't leave out.
+            ImportError: In a checkpoint's own code, if the settings leave patches out.
         """
         settings = self.settings_for(holitom_config)
-        if settings.has_vision_stage:
-            raise ValueError(
-                f"vision_reuse_layer is {settings.vision_reuse_layer}, but the vision tower of "
-                f"{self.config.backbone.title} has no layers that leave patches out yet: set it to None"
-            )
         if vision_batch_size is not None and vision_batch_size < 1:
             raise ValueError(f"vision_batch_size must be at least 1 or None, got {vision_batch_size}")
         if settings.needs_importance:
@@ -135,6 +136,26 @@ class QwenVisionMixin:
         num_frames = sum(frames for frames, _, _ in grids)
         if vision_batch_size is None:
             vision_batch_size = num_frames if settings.is_identity else self.frames_per_chunk(grids)
+        merge_size = self.config.vision_config.spatial_merge_size
+        if settings.has_vision_stage:
+            videos = list(
+                encode_changes(
+                    self,
+                    pixel_values_videos,
+                    grids,
+                    settings,
+                    vision_batch_size,
+                    return_vision_states=return_vision_states,
+                    **kwargs,
+                )
+            )
+            importance, keys, computed, rows = (
+                [getattr(video, name) for video in videos] for name in HoliTomVideoFeatures.per_video
+            )
+            if not settings.needs_importance:
+                importance = keys = []
+            fields = {"computed_patches": computed, "rows_by_layer": rows}
+            return joined_features(videos, importance, keys, grids, merge_size, **fields)
         if vision_batch_size >= num_frames:
             parts = [video_grid_thw]
         else:
@@ -163,7 +184,7 @@ class QwenVisionMixin:
                 output.hidden_states = None
             if not return_vision_states:
                 output.last_hidden_state = output.attentions = None
-        return joined_features(outputs, importance, keys, grids, self.config.vision_config.spatial_merge_size)
+        return joined_features(outputs, importance, keys, grids, merge_size)
 
     def frames_per_chunk(self, grids: list[tuple[int, int, int]]) -> int:
         """How many temporal patches the device has the memory for, in chunks of equal size, by the largest."""
@@ -182,6 +203,7 @@ def joined_features(
     keys: list[torch.Tensor],
     grids: list[tuple[int, int, int]],
     merge_size: int,
+    **fields,
 ) -> QwenVideoFeatures:
     """
     What the tower returned for chunks of temporal patches, video by video.
@@ -191,6 +213,7 @@ def joined_features(
         importance, keys: (n, T) and (n, T, K), of consecutive temporal patches; empty where not asked for.
         grids: (T, h, w) of every video.
         merge_size: Side of the square of patches that makes a token.
+        fields: What else is known.
     """
     num_tokens = [frames * height * width // merge_size**2 for frames, height, width in grids]
 
@@ -214,6 +237,7 @@ def joined_features(
         importance=by_frame(importance),
         attention_keys=by_frame(keys),
         grids=grids,
+        **fields,
     )
 
 

@@ -1,0 +1,29 @@
+"""`Qwen3VLMoeConfig` with compression settings."""
+
+from transformers import Qwen3VLMoeConfig
+
+from ...configuration import HoliTomConfig
+from ..configuration import HoliTomConfigMixin
+from .backbone import BACKBONE
+
+
+class HoliTomQwen3VLMoeConfig(HoliTomConfigMixin, Qwen3VLMoeConfig):
+    """
+    `Qwen3VLMoeConfig` with the compression settings in `holitom_config`. `model_type` stays `"qwen3_vl_moe"`, so
+    that the saved file also loads as upstream's.
+
+    Args:
+        holitom_config: A [`HoliTomConfig`], a dictionary of its fields, a preset's name or a path; `None` takes the
+            defaults.
+        kwargs: As in `Qwen3VLMoeConfig`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    backbone = BACKBONE
+
+    holitom_config: HoliTomConfig | dict | str | None = None
+
+
+__all__ = ["HoliTomConfig", "HoliTomQwen3VLMoeConfig"]
