@@ -1,17 +1,19 @@
 """LLaVA-Video against plain operations over upstream's weights: as its authors run it, and compressed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoConfig,
     DynamicCache,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
 )
+from typer.testing import CliRunner
 
 from holitom_hf import (
     HoliTomConfig,
@@ -19,6 +21,7 @@ from holitom_hf import (
     HoliTomLlavaVideoForConditionalGeneration,
     HoliTomLlavaVideoModel,
 )
+from holitom_hf.apps.command_line.app import app
 from holitom_hf.benchmarking.exact_flops import forward_flops, plan_video
 from holitom_hf.merging import METHODS, merge_video_tokens
 from holitom_hf.models.llava_video.layout import VideoLayout
@@ -27,6 +30,7 @@ from holitom_hf.models.registry import backbone_of, encoder_operations
 from ..checkpoints import test_checkpoint
 from ..conftest import IDENTITY, make_prompt, pad_batch
 from ..reference import PlainGenerator, PlainVideo
+from ..videos import write_video
 from .llava_video import LAYOUTS, ON, SIDE, VALUES, PlainLlavaVideo, prompt, small_model, small_processor, video
 
 
@@ -320,8 +324,39 @@ class TestCheckpoints:
 
     def test_plain_upstream_says_that_it_does_not_know_the_model(self, folder):
         """And what to do: it names the option."""
-        with pytest.raises(ValueError, match="trust_remote_code=True"):
-            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        load = f"AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=False)"
+        code = f"from transformers import AutoConfig; {load}"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "ValueError: The repository" in run.stderr
+        assert "pass the argument `trust_remote_code=True`" in run.stderr.strip().splitlines()[-1]
+
+    def test_with_the_package_nobody_is_asked_whether_its_code_may_be_run(self, folder):
+        code = (
+            "from holitom_hf import HoliTomLlavaVideoProcessor as P, HoliTomLlavaVideoForConditionalGeneration as M\n"
+            f"P.from_pretrained({str(folder)!r}); M.from_pretrained({str(folder)!r})"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, input="")
+        assert run.returncode == 0, run.stderr
+        assert run.stdout == ""
+
+    def test_the_command_line_answers(self, tmp_path):
+        """A clip of 4 seconds, a frame a second."""
+        processor, folder = small_processor(), tmp_path / "model"
+        tokens = {"image_token_index": processor.image_token_id, "video_token_index": processor.video_token_id}
+        text = VALUES["text_config"] | {"vocab_size": len(processor.tokenizer)}
+        config = HoliTomLlavaVideoConfig(**VALUES | tokens | {"text_config": text}, holitom_config=ON)
+        HoliTomLlavaVideoForConditionalGeneration(config).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        clip = write_video(tmp_path / "clip.mp4", num_frames=100)
+        runner = CliRunner(env={"COLUMNS": "200"})
+        options = ["--model", str(folder), "--max-new-tokens", "3", "--json"]
+        result = runner.invoke(app, ["answer", str(clip), "What?", *options])
+        assert result.exit_code == 0, result.stderr
+        answer = json.loads(result.stdout)
+        assert (answer["num_frames"], answer["visual_tokens_before"]) == (4, 48)
+        assert answer["visual_tokens_inner"] < answer["visual_tokens_outer"] < 48
+        summary = runner.invoke(app, ["answer", str(clip), "What?", *options[:-1]])
+        assert "(newlines after rows are among them)" in summary.stdout
 
     def test_without_weights_of_its_own(self, model, folder, tmp_path, inputs):
         loaded = HoliTomLlavaVideoForConditionalGeneration.from_pretrained(folder)

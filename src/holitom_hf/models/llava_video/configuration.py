@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import AutoConfig
+
 from ...configuration import HoliTomConfig
 from ..llava_onevision.configuration import HoliTomLlavaOnevisionConfig
 from .backbone import BACKBONE
@@ -59,5 +61,8 @@ class HoliTomLlavaVideoConfig(HoliTomLlavaOnevisionConfig):
         """Overrides HoliTomLlavaOnevisionConfig.tokens_per_frame: T, without newlines."""
         return self.layout.tokens_per_frame
 
+
+# Else transformers, which reads a configuration to find a tokenizer, asks whether the checkpoint's code may be run.
+AutoConfig.register(HoliTomLlavaVideoConfig.model_type, HoliTomLlavaVideoConfig, exist_ok=True)
 
 __all__ = ["HoliTomConfig", "HoliTomLlavaVideoConfig"]

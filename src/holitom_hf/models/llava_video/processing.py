@@ -8,6 +8,7 @@ from transformers.video_utils import VideoMetadata
 
 from ..llava_onevision.processing import HoliTomProcessor, HoliTomVideoProcessor
 from .backbone import BACKBONE
+from .configuration import HoliTomLlavaVideoConfig  # noqa: F401 - registered, which loading a tokenizer needs
 from .layout import GRID, VideoLayout
 
 
