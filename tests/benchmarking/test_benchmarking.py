@@ -8,6 +8,7 @@ from holitom_hf import HoliTomConfig
 from holitom_hf.apps.command_line.app import app
 from holitom_hf.benchmarking import model_benchmark
 from holitom_hf.benchmarking.architectures import architecture
+from holitom_hf.benchmarking.backbones import MEASURED
 from holitom_hf.benchmarking.measuring import Spread, alternate, count_waits, machine, peak_bytes, threads
 from holitom_hf.benchmarking.models import contest
 from holitom_hf.benchmarking.report import compare, read_result
@@ -30,9 +31,9 @@ def settings(**changes):
     return HoliTomConfig(**{"retention_ratio": 0.2, "similarity_threshold": 0.65, "inner_merge_layer": 5} | changes)
 
 
-@pytest.fixture(scope="module")
-def game():
-    return contest(architecture("tiny", settings()), 4, 2, CPU, torch.float32, static_share=0.5)
+@pytest.fixture(scope="module", params=["tiny", "qwen2.5-vl-small", "qwen3-vl-small"])
+def game(request):
+    return contest(architecture(request.param, settings()), 4, 2, CPU, torch.float32, static_share=0.5)
 
 
 def test_both_models_are_the_same_weights_in_the_same_memory(game):
@@ -49,13 +50,59 @@ def test_both_models_are_the_same_weights_in_the_same_memory(game):
     assert plain.std() > 0.01
 
 
+def test_models_made_without_memory_have_the_buffers_of_others(game):
+    usual = dict(type(game.models["holitom"])(game.models["holitom"].config).named_buffers())
+    for model in game.models.values():
+        found = dict(model.named_buffers())
+        assert found.keys() == usual.keys()
+        assert all(torch.equal(found[name], value) for name, value in usual.items())
+
+
+def test_upstreams_model_is_upstreams(game):
+    kind = type(game.models["plain"])
+    assert kind.__module__.startswith("transformers.")
+    assert issubclass(type(game.models["holitom"]), kind)
+
+
 def test_the_model_sees_the_chosen_redundancy(game):
     with torch.inference_mode():
         video = game.models["holitom"](**game.inputs()).merged_videos[0][0]
+    num_frames = 4 // game.backbone.frames_together
     is_static = (video.assignment[0] >= 0) & (video.kind[video.assignment[0]] == TokenKind.STATIC)
-    assert video.segments == [(0, 4)]
-    assert abs(video.num_tokens - 0.2 * 4 * 196) < 8
+    assert video.segments == [(0, num_frames)]
+    assert abs(video.num_tokens - 0.2 * num_frames * 196) < 8
     assert 0.4 < is_static.float().mean() < 0.6
+
+
+def test_the_tower_sees_the_chosen_redundancy(game):
+    pixels = game.media["pixel_values_videos"]
+    if pixels.ndim == 2:
+        rows = pixels.view(2, 2, -1, pixels.shape[-1])  # of two videos, two temporal patches
+    else:
+        patches = pixels[..., : 27 * 14, : 27 * 14].unfold(3, 14, 14).unfold(4, 14, 14)
+        rows = patches.permute(0, 1, 3, 4, 2, 5, 6).flatten(4).flatten(2, 3)
+    repeats = (rows[:, 1:] == rows[:, :1]).all(-1).float()
+    assert ((repeats.mean(-1) - 0.5).abs() < 0.01).all()
+
+
+def test_a_question_for_more_rows_is_the_first_one_again(game):
+    once, several, both = game.inputs(1), game.inputs(3), game.inputs()
+    for name, value in several.items():
+        assert torch.equal(value, torch.cat([once[name]] * 3))
+        assert torch.equal(once[name], both[name][: len(once[name])])
+
+
+@pytest.mark.parametrize("arch", ["qwen2.5-vl-small", "qwen3-vl-small"])
+@pytest.mark.parametrize("tokens", [(2, 4), (5, 3)])
+@pytest.mark.parametrize("num_frames", [2, 5])
+def test_clips_are_preprocessed_to_the_size_that_is_asked(arch, tokens, num_frames):
+    config = architecture(arch, settings())
+    size = tuple(2 * config.vision_config.patch_size * side for side in tokens)
+    measured = MEASURED[config.model_type](config, num_frames, size)
+    width, height = measured.clip_size
+    frames = torch.randint(0, 256, (num_frames, 3, height, width), dtype=torch.uint8)
+    features = measured.preprocess(measured.processor(), frames, CPU)
+    assert features["video_grid_thw"].tolist() == [[-(-num_frames // 2), 2 * tokens[0], 2 * tokens[1]]]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
@@ -189,10 +236,31 @@ def test_bench_compares_with_an_earlier_result(bench_files):
     assert (folder / "two.json").exists()
 
 
+@pytest.mark.parametrize(("arch", "text"), [("qwen2.5-vl-small", 2), ("qwen3-vl-small", 2 * (6 + 2))])
+def test_bench_measures_qwen_at_a_size_that_is_asked(arch, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_benchmark, "CLIP_SECONDS", 0.2)
+    options = ["--frames", 4, "--size", 224, 448, "--new-tokens", 2, "--rounds", 1, "--batch-size", 2]
+    result = run("bench", "--arch", arch, *options, "--largest-batch", 1, "--out", tmp_path / "one.json")
+    assert result.exit_code == 0, result.output
+    found = read_result(tmp_path / "one.json")["result"]
+    assert all(set(found["steps"][step]) == {"plain", "holitom"} for step in model_benchmark.SHARED_STEPS)
+    assert all(set(found["steps"][step]) == {"holitom"} for step in model_benchmark.OWN_STEPS)
+    unit = {"qwen2.5-vl-small": 28, "qwen3-vl-small": 32}[arch]
+    assert found["tokens"]["plain"] == 2 * (224 // unit) * (448 // unit) + text + 34
+    outer, inner = found["tokens"]["outer"], found["tokens"]["inner"]
+    assert inner < outer < found["tokens"]["plain"] / 2
+    # Two rows, keys and values, two heads of 64 in float32; stage 3 from layer 5 of 8 on.
+    assert found["cache_bytes"]["plain"] == 2 * 2 * 2 * 64 * 4 * 8 * found["tokens"]["plain"]
+    assert found["cache_bytes"]["holitom"] == 2 * 2 * 2 * 64 * 4 * (5 * outer + 3 * inner)
+    assert 0 < found["tower_share"] < 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "--arch", "8b"], "no architecture '8b': choose one of 0.5b, 7b, 72b, tiny"),
+        (["bench", "--arch", "8b"], "no architecture '8b': choose one of 0.5b, 7b, 72b, tiny, qwen2.5-vl-7b"),
+        (["bench", "--size", "224", "224"], "frames of LLaVA-OneVision are 384 pixels wide and high"),
+        (["bench", "--arch", "qwen3-vl-small", "--size", "100", "64"], "sides that are multiples of 32"),
         (["bench", "--retention-ratio", "1.0"], "outer_method must be holitom and retention_ratio below 1"),
         (["bench", "--preset", "llava-onevision-7b-r10"], "inner_merge_layer"),
         (["bench", "--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),

@@ -43,6 +43,15 @@ def test_applied_to_what_was_merged_it_gives_the_embeddings(method, newline_posi
     torch.testing.assert_close(merged.apply(features, newline), merged.embeddings, atol=2e-5, rtol=1e-5)
 
 
+def test_of_a_merge_that_leaves_nothing_nothing_is_left():
+    """Two frames of one still picture: the fewest tokens are below one half."""
+    features = torch.randn(1, 8, DIM).expand(2, -1, -1)
+    merged = merge_video_tokens(features, torch.rand(2, 8), MergingSettings(retention_ratio=0.02))
+    assert merged.num_tokens == 0
+    assert merged.apply(features).shape == (0, DIM)
+    assert torch.equal(merged.weight, torch.zeros(2, 8))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("grid", [(4, 9), (8, 3)])
 def test_it_holds_for_grids_that_are_not_square(method, grid):

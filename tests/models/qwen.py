@@ -350,7 +350,7 @@ class PlainQwen:
         grids = self.position_inputs(inputs)
         positions, _ = upstream.model.get_rope_index(ids[None], types[None], **grids)
         embeds = upstream.get_input_embeddings()(ids)
-        num_maps = len(encoded[0].maps) if encoded else 0
+        num_maps = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
         maps = torch.zeros(num_maps, *embeds.shape)
         if images:
             found = upstream.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])

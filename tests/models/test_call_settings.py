@@ -7,20 +7,17 @@ import pytest
 import torch
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionForConditionalGeneration
+from holitom_hf.answering.prompts import encode_videos
 from holitom_hf.models.upstream import cache_of
-
-from ..conftest import make_prompt, make_video, pad_batch
 
 
 @pytest.fixture(scope="module")
-def inputs():
-    prompts = [make_prompt(3, "video:5", 6), make_prompt(2, "video:7", 4, seed=1)]
-    ids, mask = pad_batch(prompts)
-    videos = [make_video(5, seed=1), make_video(7, seed=2)]
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": videos}
+def inputs(subject):
+    prompts = [subject.prompt(3, 5, 6), subject.prompt(2, 7, 4, seed=1)]
+    return subject.inputs(prompts, [subject.video(5, seed=1), subject.video(7, seed=2)])
 
 
-# The model's are retention_ratio 0.3 and inner_merge_layer 2, of 5 layers: the default 18 would be refused.
+# The models' are retention_ratio 0.3 and inner_merge_layer 2, of 5 layers: the default 18 would be refused.
 OVERLAYS = [
     {"retention_ratio": 0.1},
     {"inner_merge_layer": 3, "similarity_threshold": 0.6},
@@ -30,16 +27,14 @@ OVERLAYS = [
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
-def test_a_dictionary_changes_the_models_settings_for_a_call(model, settings, inputs, overlay):
+def test_a_dictionary_changes_the_models_settings_for_a_call(subject, inputs, overlay):
+    model, settings = subject.model, subject.config.holitom_config
     whole = replace(settings, **overlay)
     with torch.no_grad():
         assert torch.equal(
             model(**inputs, holitom_config=overlay).logits, model(**inputs, holitom_config=whole).logits
         )
-        videos = [
-            model.get_video_features(inputs["pixel_values_videos"], holitom_config=given, return_dict=True)
-            for given in (overlay, whole)
-        ]
+        videos = [encode_videos(model, inputs, holitom_config=given) for given in (overlay, whole)]
     assert [video.importance is None for video in videos] == [overlay == {"outer_method": "none"}] * 2
     outputs = [
         model.generate(**inputs, max_new_tokens=4, do_sample=False, holitom_config=given, return_dict_in_generate=True)
@@ -51,7 +46,8 @@ def test_a_dictionary_changes_the_models_settings_for_a_call(model, settings, in
     assert model.config.holitom_config == settings
 
 
-def test_settings_that_are_not_passed_as_a_dictionary_replace_the_models(model, inputs, tmp_path):
+def test_settings_that_are_not_passed_as_a_dictionary_replace_the_models(subject, inputs, tmp_path):
+    model = subject.model
     with pytest.raises(ValueError, match=r"inner_merge_layer is 18, but the decoder has 5 layers.*\(.* is 3 here\)"):
         model(**inputs, holitom_config=HoliTomConfig(retention_ratio=0.3))
     with pytest.raises(ValueError, match="inner_merge_layer is 18"):
@@ -64,7 +60,8 @@ def test_settings_that_are_not_passed_as_a_dictionary_replace_the_models(model, 
     assert given.inner_keep is None
 
 
-def test_a_file_of_settings_is_read_once_for_an_answer(model, inputs, tmp_path, monkeypatch):
+def test_a_file_of_settings_is_read_once_for_an_answer(subject, inputs, tmp_path, monkeypatch):
+    model = subject.model
     HoliTomConfig(retention_ratio=0.5, inner_merge_layer=None).save_pretrained(tmp_path)
     reads = []
     read = HoliTomConfig.from_pretrained
@@ -73,9 +70,10 @@ def test_a_file_of_settings_is_read_once_for_an_answer(model, inputs, tmp_path, 
     assert len(reads) == 1
 
 
-def test_loading_overlays_what_the_checkpoint_or_a_given_configuration_says(model, settings, tmp_path):
+def test_loading_overlays_what_the_checkpoint_or_a_given_configuration_says(subject, tmp_path):
+    model, settings = subject.model, subject.config.holitom_config
     model.save_pretrained(tmp_path)
-    load = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained
+    load = type(model).from_pretrained
     expected = replace(settings, similarity_threshold=0.6)
     overlay = {"similarity_threshold": 0.6}
     assert load(tmp_path, holitom_config=overlay).config.holitom_config == expected
@@ -93,7 +91,8 @@ def test_loading_overlays_what_the_checkpoint_or_a_given_configuration_says(mode
         ({"do_sample": True, "num_return_sequences": 2}, [0, 0, 1, 1]),
     ],
 )
-def test_generate_tells_what_was_merged_for_every_sequence(model, inputs, kwargs, prompts):
+def test_generate_tells_what_was_merged_for_every_sequence(subject, inputs, kwargs, prompts):
+    model = subject.model
     output = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True, **{"do_sample": False} | kwargs)
     with torch.no_grad():
         forward = model(**inputs)
@@ -113,7 +112,8 @@ def test_the_example_of_the_main_class_runs(demo, capsys):
     assert "MergedVideo(32 frames of 49 tokens in " in printed
 
 
-def test_generate_tells_nothing_where_nothing_was_merged_or_no_cache_remembers_it(model, inputs):
+def test_generate_tells_nothing_where_nothing_was_merged_or_no_cache_remembers_it(subject, inputs):
+    model = subject.model
     more = {"max_new_tokens": 2, "do_sample": False}
     off = {"outer_method": "none", "inner_method": "none"}
     output = model.generate(**inputs, **more, return_dict_in_generate=True, holitom_config=off)

@@ -30,22 +30,24 @@ class StepOnACache(nn.Module):
 
 @pytest.mark.parametrize("num_new", [1, 3])
 @pytest.mark.parametrize("given", ["ids alone", "mask", "positions"])
-def test_a_step_on_a_compressed_static_cache_is_exported(model, plain, settings, num_new, given):
-    prompt, video = make_prompt(3, "video:4", 5, seed=1), make_video(4, seed=2)
-    new = make_prompt(num_new, seed=3)
+def test_a_step_on_a_compressed_static_cache_is_exported(subject, num_new, given):
+    model, settings = subject.model, subject.config.holitom_config
+    prompt, video = subject.prompt(3, 4, 5, seed=1), subject.video(4, seed=2)
+    new = subject.text(num_new, seed=3)
     whole = torch.cat([prompt, new])
-    kwargs = {
-        "ids alone": {},
-        "mask": {"attention_mask": torch.ones(1, len(whole), dtype=torch.long)},
-        "positions": {"position_ids": torch.arange(len(prompt), len(whole))[None]},
-    }[given]
     cache = StaticCache(model.config, max_cache_len=100)
     with torch.no_grad():
-        model(input_ids=prompt[None], pixel_values_videos=video[None], cache=cache, use_cache=True)
-        traced_with = make_prompt(num_new, seed=4)[None]
+        model(**subject.inputs([prompt], [video]), cache=cache, use_cache=True)
+        first = int(subject.positions(prompt, video)[..., -1].max()) + 1
+        kwargs = {
+            "ids alone": {},
+            "mask": {"attention_mask": torch.ones(1, len(whole), dtype=torch.long)},
+            "positions": {"position_ids": torch.arange(first, first + num_new)[None]},
+        }[given]
+        traced_with = subject.text(num_new, seed=4)[None]
         program = torch.export.export(StepOnACache(model, cache), (traced_with,), kwargs, strict=True)
         logits = program.module()(new[None], **kwargs)[0]
-    expected = plain.logits(whole, [video], settings, prompt_length=len(prompt))[-num_new:]
+    expected = subject.logits(whole, video, settings, prompt_length=len(prompt))[-num_new:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -1,11 +1,14 @@
 """
-Random batches, videos and settings: generation with the cache against the plain loop.
+Random batches, videos and settings of every backbone: generation with the cache against the plain loop.
 
-`pytest tests/test_fuzzing.py --fuzz-cases 5000` for a longer run.
+`pytest tests/models/test_fuzzing.py --fuzz-cases 5000` for a longer run: half of them LLaVA-OneVision's, an
+eighth each Qwen-VL's.
 """
 
 import functools
+from itertools import chain
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,15 +16,17 @@ from hypothesis import strategies as st
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
 from holitom_hf.models.upstream import cache_of
 
-from ..conftest import FUZZ_CASES
+from ..conftest import FUZZ_CASES, pad_batch
 from ..reference import PlainModel
+from . import qwen
+from .qwen import PlainQwen2_5, seconds_of
 
 
 LAYERS, VIDEO, PAD = 3, 61, 0
 
 
 @functools.cache
-def models(grid: int) -> tuple[HoliTomLlavaOnevisionForConditionalGeneration, PlainModel]:
+def llava_models(grid: int) -> tuple[HoliTomLlavaOnevisionForConditionalGeneration, PlainModel]:
     """A model whose frames have grid x grid patches, pooled to half of it, and its plain counterpart."""
     torch.manual_seed(grid)
     config = HoliTomLlavaOnevisionConfig(
@@ -58,6 +63,17 @@ def models(grid: int) -> tuple[HoliTomLlavaOnevisionForConditionalGeneration, Pl
     return model, PlainModel(model)
 
 
+@functools.cache
+def qwen_models(name: str) -> tuple[torch.nn.Module, qwen.PlainQwen]:
+    """A small model of a Qwen-VL family, and its plain counterpart."""
+    torch.manual_seed(0)
+    family = qwen.FAMILIES[name]
+    config = family.ours("Config")(**family.values, holitom_config=HoliTomConfig(inner_merge_layer=None))
+    model = family.generation(config).eval()
+    plain = PlainQwen2_5 if name == "qwen2_5_vl" else qwen.PlainQwen
+    return model, plain(model, family.upstream, family.upstream.config_class(**family.values))
+
+
 CONFIGS = st.builds(
     HoliTomConfig,
     retention_ratio=st.sampled_from([0.02, 0.1, 0.25, 0.5, 0.8, 1.0]),
@@ -73,18 +89,56 @@ CONFIGS = st.builds(
     position_ids=st.sampled_from(["packed", "packed", "kept"]),
     proportional_attention=st.booleans(),
 )
-# A row: text and videos in any order, text last; a number is that many text tokens, (f,) a video of f frames.
-ROWS = st.lists(
-    st.tuples(st.lists(st.one_of(st.integers(0, 3), st.tuples(st.integers(1, 4))), max_size=4), st.integers(1, 4)).map(
-        lambda parts: [*parts[0], parts[1]]
-    ),
-    min_size=1,
-    max_size=3,
-)
 
 
-def check_case(grid, rows, config, side, change, seed):
-    model, plain = models(grid)
+# A row: parts in any order, text last. A number is that many text tokens.
+def rows_of(*parts):
+    row = st.tuples(st.lists(st.one_of(st.integers(0, 3), *parts), max_size=4), st.integers(1, 4))
+    return st.lists(row.map(lambda drawn: [*drawn[0], drawn[1]]), min_size=1, max_size=3)
+
+
+# (f,) is a video of f frames.
+LLAVA_ROWS = rows_of(st.tuples(st.integers(1, 4)))
+# (f, h, w) is a video of f temporal patches of h x w patches, (h, w) an image.
+SIDES = st.sampled_from([4, 6, 8])
+QWEN_ROWS = rows_of(st.tuples(st.integers(1, 4), SIDES, SIDES), st.tuples(SIDES, SIDES))
+SIDE, CHANGE, SEED = st.sampled_from(["left", "right"]), st.sampled_from([0.05, 0.5, 2.0]), st.integers(0, 2**20)
+
+
+def check_case(model, inputs, prompts, side, random, expected, first_positions=None):
+    """
+    A batch of prompts, and two more tokens of each row, whatever they are, through the cache.
+
+    `expected` is the plain loop: logits of a row of ids, of which the first so many are the prompt. `first_positions`
+    are passed where upstream's forward alone would count padding as positions; then later ones are passed, too.
+    """
+    settings, mask = inputs["holitom_config"], inputs["attention_mask"]
+    given = {} if first_positions is None else {"position_ids": first_positions}
+    with torch.no_grad():
+        outputs = model(**inputs, **given, use_cache=True)
+        for row, prompt in enumerate(prompts):
+            logits = expected(row, prompt, len(prompt))
+            torch.testing.assert_close(outputs.logits[row][mask[row].bool()], logits, atol=1e-4, rtol=1e-4)
+        lengths = [len(prompt) for prompt in prompts]
+        for step in range(2):
+            token = torch.randint(1, 59, (len(prompts), 1), generator=random)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            if first_positions is not None:
+                given = {"position_ids": mask.sum(1, keepdim=True) - 1}
+            outputs = model(
+                input_ids=token, attention_mask=mask, **given, cache=cache_of(outputs), holitom_config=settings
+            )
+            if step == 1 and side == "left":
+                generated = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+                assert torch.equal(generated[:, :-1], inputs["input_ids"])
+            prompts = [torch.cat([prompt, token[row]]) for row, prompt in enumerate(prompts)]
+            for row, prompt in enumerate(prompts):
+                logits = expected(row, prompt, lengths[row])
+                torch.testing.assert_close(outputs.logits[row, -1], logits[-1], atol=1e-4, rtol=1e-4)
+
+
+def check_llava(grid, rows, config, side, change, seed):
+    model, plain = llava_models(grid)
     random = torch.Generator().manual_seed(seed)
     tokens_per_frame = (-(-grid // 2)) ** 2
     prompts, videos = [], []
@@ -99,62 +153,69 @@ def check_case(grid, rows, config, side, change, seed):
             row_videos.append(still + change * torch.randn(part[0], 3, 2 * grid, 2 * grid, generator=random))
         prompts.append(torch.cat(ids))
         videos.append(row_videos)
-    length = max(map(len, prompts))
-    ids, mask = torch.full((len(rows), length), PAD), torch.zeros((len(rows), length), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        place = slice(length - len(prompt), None) if side == "left" else slice(0, len(prompt))
-        ids[row, place], mask[row, place] = prompt, 1
-    flat = [video for row in videos for video in row]
+    ids, mask = pad_batch(prompts, side)
     inputs = {"input_ids": ids, "attention_mask": mask, "holitom_config": config}
-    if flat:
-        inputs["pixel_values_videos"] = flat
-    with torch.no_grad():
-        # As `generate` does: upstream's forward alone would count padding as positions.
-        outputs = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=True)
-        encoded = [[plain.encode(video, config) for video in row] for row in videos]
-        for row, prompt in enumerate(prompts):
-            expected = plain.logits(prompt, None, config, len(prompt), encoded=encoded[row])
-            torch.testing.assert_close(outputs.logits[row][mask[row].bool()], expected, atol=1e-4, rtol=1e-4)
-        # Two more tokens of each row, whatever they are, through the cache.
-        for step in range(2):
-            token = torch.randint(1, 59, (len(rows), 1), generator=random)
-            mask = torch.cat([mask, torch.ones_like(token)], 1)
-            outputs = model(
-                input_ids=token,
-                attention_mask=mask,
-                position_ids=mask.sum(1, keepdim=True) - 1,
-                cache=cache_of(outputs),
-                holitom_config=config,
-            )
-            if step == 1 and side == "left":
-                generated = model.generate(**inputs, max_new_tokens=1, do_sample=False)
-                assert torch.equal(generated[:, :-1], ids)
-            longer = [torch.cat([prompt, token[row]]) for row, prompt in enumerate(prompts)]
-            for row, prompt in enumerate(longer):
-                logits = plain.logits(prompt, None, config, len(prompts[row]) - step, encoded=encoded[row])
-                torch.testing.assert_close(outputs.logits[row, -1], logits[-1], atol=1e-4, rtol=1e-4)
-            prompts = longer
+    if any(videos):
+        inputs["pixel_values_videos"] = [video for row in videos for video in row]
+    encoded = [[plain.encode(video, config) for video in row] for row in videos]
+
+    def expected(row, ids, prompt_length):
+        return plain.logits(ids, None, config, prompt_length, encoded=encoded[row])
+
+    check_case(model, inputs, prompts, side, random, expected, (mask.cumsum(1) - 1).clamp_min(0))
 
 
-def test_random_cases_agree_with_the_plain_loop(request):
+def check_qwen(name, rows, config, side, change, seed):
+    model, plain = qwen_models(name)
+    random = torch.Generator().manual_seed(seed)
+    prompts, videos, images = [], [], []
+    for number, row in enumerate(rows):
+        prompts.append(qwen.make_prompt(*row, seed=seed + number, is_timed=name == "qwen3_vl"))
+        media = [
+            (grid := part if len(part) == 3 else (1, *part), qwen.make_patches(grid, seed + 10 * number + i, change))
+            for i, part in enumerate(row)
+            if not isinstance(part, int)
+        ]
+        kinds = [len(part) for part in row if not isinstance(part, int)]
+        videos.append([medium for medium, kind in zip(media, kinds) if kind == 3])
+        images.append([medium for medium, kind in zip(media, kinds) if kind == 2])
+    inputs = qwen.inputs_of(prompts, list(chain(*videos)), list(chain(*images)), side)
+    inputs |= {"attention_mask": pad_batch(prompts, side)[1], "holitom_config": config}
+    if name == "qwen2_5_vl" and any(videos):
+        inputs["second_per_grid_ts"] = seconds_of(inputs["video_grid_thw"])
+    encoded = [[plain.encode(*video, config) for video in row] for row in videos]
+
+    def expected(row, ids, prompt_length):
+        return plain.logits(ids, encoded[row], config, prompt_length, videos[row], images[row])
+
+    is_text = not any(videos) and not any(images)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0) if is_text else None
+    check_case(model, inputs, prompts, side, random, expected, positions)
+
+
+# How to check a case, which models there are, what rows are drawn, and the part of `--fuzz-cases` that is drawn: cases
+# with grids take about three times as long.
+BACKBONES = {
+    "llava_onevision": (check_llava, st.sampled_from([4, 5, 6]), LLAVA_ROWS, 2),
+    "qwen2_5_vl": (check_qwen, st.just("qwen2_5_vl"), QWEN_ROWS, 8),
+    "qwen3_vl": (check_qwen, st.just("qwen3_vl"), QWEN_ROWS, 8),
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_random_cases_agree_with_the_plain_loop(request, backbone):
     num_cases = request.config.getoption("--fuzz-cases")
+    check, which, rows, part = BACKBONES[backbone]
 
     @settings(
-        max_examples=num_cases,
+        max_examples=num_cases // part,
         deadline=None,
         derandomize=num_cases == FUZZ_CASES,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
-    @given(
-        st.sampled_from([4, 5, 6]),
-        ROWS,
-        CONFIGS,
-        st.sampled_from(["left", "right"]),
-        st.sampled_from([0.05, 0.5, 2.0]),
-        st.integers(0, 2**20),
-    )
-    def run(grid, rows, config, side, change, seed):
-        check_case(grid, rows, config, side, change, seed)
+    @given(which, rows, CONFIGS, SIDE, CHANGE, SEED)
+    def run(which, rows, config, side, change, seed):
+        check(which, rows, config, side, change, seed)
 
     run()

@@ -1,3 +1,4 @@
+import copy
 import io
 
 import numpy as np
@@ -77,9 +78,14 @@ class TestSampling:
         with pytest.raises(ValueError, match=match):
             processor.video_processor(clips[0], **kwargs)
 
-    def test_every_frame_is_read_if_asked(self, processor, clips):
+    def test_every_frame_is_read_if_asked(self, processor, clips, tmp_path):
         outputs = processor.video_processor(clips[0], do_sample_frames=False, return_tensors="pt")
         assert outputs["pixel_values_videos"].shape[1] == 40
+        asking = copy.deepcopy(processor)
+        asking.video_processor.do_sample_frames = False
+        asking.save_pretrained(tmp_path)
+        loaded = HoliTomProcessor.from_pretrained(tmp_path).video_processor
+        assert loaded(clips[0], return_tensors="pt")["pixel_values_videos"].shape[1] == 40
 
 
 class TestFrames:

@@ -44,13 +44,16 @@ USED_BY = {
 }
 
 
+# What differs between these is tested with another family, too.
+SLOW = {("qwen2_5_vl", "stage 3 early"), ("qwen2_5_vl", "no stage 3"), ("qwen3_5", "no stage 3")}
+
+
 def pytest_generate_tests(metafunc):
     """Family by family, and in each settings by settings; what is compiled takes long, and once is usually enough."""
     if "used" in metafunc.fixturenames:
         pairs = [(family, used) for family in FAMILIES for used in USED_BY.get(family, USED)]
-        if metafunc.cls is TestCompile:
-            slow = pytest.mark.slow
-            pairs = [pytest.param(*pair, marks=slow if pair[1] != "all stages" else ()) for pair in pairs]
+        slow = {pair for pair in pairs if metafunc.cls is TestCompile and pair[1] != "all stages"} | SLOW
+        pairs = [pytest.param(*pair, marks=pytest.mark.slow if pair in slow else ()) for pair in pairs]
         metafunc.parametrize(("family", "used"), pairs, indirect=True, scope="module")
     elif "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES, indirect=True, scope="module")

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.video_utils import VideoMetadata
 
 from holitom_hf.checkpoints.flattening import flat_package
+from holitom_hf.models.qwen_vl.limits import with_size
 from holitom_hf.models.registry import backbone_of, backbones
 
 from ..videos import numbered_frame, write_video
@@ -172,6 +173,81 @@ class TestSampling:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)  # newer ones have upstream's spelling
+class TestLimits:
+    @pytest.mark.parametrize(
+        "asked", [{"max_pixels": 512}, {"min_pixels": 40_000}, {"min_pixels": 64, "max_pixels": 900}]
+    )
+    @pytest.mark.parametrize("is_file", [True, False])
+    def test_pixels_are_upstreams_size(self, family, processor, upstream, clips, asked, is_file):
+        (frames,), (metadata,) = processor.video_processor.decode(clips[0], num_frames=4)
+        size = {"shortest_edge": asked.get("min_pixels", 64), "longest_edge": asked.get("max_pixels", 40_000)}
+        given = {"video_metadata": metadata, "do_sample_frames": False}
+        theirs = upstream(text="a <|video_pad|>", videos=frames, **given, size=size, return_tensors="pt")
+        ours = processor(
+            text="a <|video_pad|>",
+            videos=str(clips[0]) if is_file else frames,
+            **({"num_frames": 4} if is_file else given),
+            videos_kwargs=asked,
+            return_tensors="pt",
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        frames, height, width = ours["video_grid_thw"][0].tolist()
+        pixels = height * width * PATCH**2 * (2 * frames if family.name == "Qwen3VL" else 1)
+        assert asked.get("min_pixels", 0) <= pixels <= asked.get("max_pixels", 1e9)
+        alone = processor.video_processor(clips[0], num_frames=4, **asked, return_tensors="pt")
+        assert torch.equal(alone["pixel_values_videos"], theirs["pixel_values_videos"])
+        flat = processor(text="<|video_pad|>", videos=str(clips[0]), num_frames=4, **asked, return_tensors="pt")
+        assert torch.equal(flat["pixel_values_videos"], theirs["pixel_values_videos"])
+
+    def test_of_a_constructor_or_a_checkpoint(self, family, tmp_path):
+        made = family.ours("VideoProcessor")(min_pixels=100, max_pixels=5000)
+        assert dict(made.size) == {"shortest_edge": 100, "longest_edge": 5000}
+        made.save_pretrained(tmp_path)
+        loaded = family.ours("VideoProcessor").from_pretrained(tmp_path)
+        assert dict(loaded.size) == {"shortest_edge": 100, "longest_edge": 5000}
+        loaded = family.ours("VideoProcessor").from_pretrained(tmp_path, max_pixels=3000)
+        assert dict(loaded.size) == {"shortest_edge": 100, "longest_edge": 3000}
+
+    @pytest.mark.parametrize(
+        ("asked", "size"),
+        [
+            ({"max_pixels": 10}, {"shortest_edge": 10, "longest_edge": 10}),
+            ({"min_pixels": 90}, {"shortest_edge": 90, "longest_edge": 90}),
+            ({"min_pixels": 30}, {"shortest_edge": 30, "longest_edge": 80}),
+            (
+                {"min_pixels": 30, "size": {"shortest_edge": 1, "longest_edge": 99}},
+                {"shortest_edge": 30, "longest_edge": 99},
+            ),
+        ],
+    )
+    def test_the_one_that_is_not_given_gives_way(self, family, asked, size):
+        found = with_size(asked | {"fps": 2}, {"shortest_edge": 20, "longest_edge": 80})
+        assert found == {"fps": 2, "size": size}
+
+    @pytest.mark.parametrize("asked", [{"max_pixels": 0}, {"min_pixels": -1}, {"min_pixels": 9, "max_pixels": 8}])
+    def test_bad_ones_are_named(self, processor, clips, asked):
+        with pytest.raises(ValueError, match="min_pixels and max_pixels must be positive, the first not above"):
+            processor.video_processor(clips[0], **asked)
+
+    @pytest.mark.parametrize(
+        ("asked", "number"),
+        [
+            ({"max_frames": 4}, 4),
+            ({"min_frames": 12}, 12),
+            ({"fps": 1, "min_frames": 6}, 6),
+            ({"fps": 25, "max_frames": 10}, 10),
+        ],
+    )
+    def test_frames_of_a_call(self, processor, clips, asked, number):
+        alone = processor.video_processor(clips[0], **asked, return_metadata=True)
+        assert [len(indices) for indices in sampled(alone)] == [number]
+        outputs = processor(text="<|video_pad|>", videos=str(clips[0]), **asked, return_tensors="pt")
+        assert outputs["video_grid_thw"][0, 0] == number // 2
+        nested = processor(text="<|video_pad|>", videos=str(clips[0]), videos_kwargs=asked, return_tensors="pt")
+        assert nested["video_grid_thw"][0, 0] == number // 2
+
+
 class TestPrompts:
     def test_there_is_a_placeholder_for_every_token(self, processor, clips):
         outputs = processor(text="<|video_pad|> What?", videos=str(clips[0]), num_frames=6, return_tensors="pt")
@@ -260,8 +336,11 @@ class TestCheckpoints:
         processor = family.make_processor()
         processor.video_processor.do_sample_frames = False
         processor.save_pretrained(tmp_path)
-        loaded = family.ours("VideoProcessor").from_pretrained(tmp_path)
-        assert sampled(loaded(clips[1], return_metadata=True)) == [list(range(12))]
+        for loaded in (
+            family.ours("VideoProcessor").from_pretrained(tmp_path),
+            family.ours("Processor").from_pretrained(tmp_path).video_processor,
+        ):
+            assert sampled(loaded(clips[1], return_metadata=True)) == [list(range(12))]
 
     def test_tied_embeddings(self, family, processor, tmp_path):
         config = config_for(family.ours("Config"), family.values, processor.tokenizer, tie_word_embeddings=True)

@@ -45,7 +45,12 @@ class TestBothClasses:
         theirs = [name for name in inspect.signature(upstream.forward).parameters if name != "kwargs"]
         found = inspect.signature(ours.forward).parameters
         own = {"holitom_config", "vision_batch_size", "prompt_length", "kwargs"}
-        shared = {"second_per_grid_ts", "mm_token_type_ids", "mm_encoder_outputs", "use_cache"}  # of one family, or in **kwargs
+        shared = {
+            "second_per_grid_ts",
+            "mm_token_type_ids",
+            "mm_encoder_outputs",
+            "use_cache",
+        }  # of one family, or in **kwargs
         assert set(found) - set(theirs) <= own | shared
         assert set(theirs) - set(found) <= {"rope_deltas", "output_router_logits"}
         assert [name for name in found if name in theirs][:6] == [name for name in theirs if name in found][:6]

@@ -3,22 +3,19 @@
 import copy
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, Qwen3_5Config, Qwen3_5Model
+from transformers import AttentionInterface
 
-from holitom_hf import HoliTomConfig
 from holitom_hf.checkpoints.flattening import flat_package
 from holitom_hf.merging import patches
 from holitom_hf.merging.patches import PatchPlan
 from holitom_hf.merging.segmentation import segment_frames
 from holitom_hf.models.qwen_vl.operations import encoder_operations
 from holitom_hf.models.qwen_vl.packed_blocks import AttentionGroups
-from holitom_hf.models.qwen_vl.reuse import encode_changes
 from holitom_hf.models.qwen_vl.vision import QwenVideoFeatures
 
 from . import qwen
@@ -31,7 +28,8 @@ NOT_SHORTENED = {"outer_method": "none", "inner_method": "none"}
 GRIDS = [(7, 6, 10), (1, 4, 4), (5, 8, 4)]  # windows of 2 x 2 tokens, at the edges smaller ones; two sizes of frames
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# A tower of each kind: with windows, with DeepStack, with neither.
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def family(request) -> Family:
     return FAMILIES[request.param]
 
@@ -222,7 +220,7 @@ def assert_equal_to(found: QwenVideoFeatures, expected: list[Overwriting], **tol
 def test_packed_rows_equal_overwriting_after_every_block(family, seed, guard, layer):
     model = make_model(family, seed)
     threshold = (0.8, 0.9, 0.97)[seed % 3]
-    settings = HoliTomConfig(vision_reuse_layer=layer, vision_reuse_threshold=threshold, vision_drift_guard=guard)
+    settings = replace(qwen.ON, vision_reuse_layer=layer, vision_reuse_threshold=threshold, vision_drift_guard=guard)
     inputs = random_videos(seed=seed)
     expected = overwritten(upstream_of(family, model), inputs, settings)
     assert any(0.05 < video.repeats.float().mean() < 0.95 for video in expected)
@@ -238,27 +236,10 @@ def test_packed_rows_equal_overwriting_after_every_block(family, seed, guard, la
 def test_other_numbers_of_deepstack_layers(blocks):
     family = FAMILIES["qwen3_vl"]
     model = make_model(family, deepstack_visual_indexes=blocks)
-    inputs, settings = random_videos(), HoliTomConfig(**REUSE)
+    inputs, settings = random_videos(), replace(qwen.ON, **REUSE)
     found = model.get_video_features(**inputs, holitom_config=settings)
     assert len(found.deepstack_features or []) == len(blocks)
     assert_equal_to(found, overwritten(upstream_of(family, model), inputs, settings), atol=2e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_a_tower_without_deepstack():
-    torch.manual_seed(0)
-    vision = {name: value for name, value in qwen.QWEN3_VL["vision_config"].items() if "deepstack" not in name}
-    text = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 99}
-    upstream = Qwen3_5Model(Qwen3_5Config(vision_config=vision, text_config=text)).eval()
-    config = SimpleNamespace(backbone=SimpleNamespace(title="Qwen3.5"), vision_config=upstream.config.vision_config)
-    model = SimpleNamespace(visual=upstream.visual, config=config)
-    inputs, settings = random_videos(), HoliTomConfig(**REUSE)
-    expected = overwritten(SimpleNamespace(model=upstream), inputs, settings)
-    videos = encode_changes(model, inputs["pixel_values_videos"], GRIDS, settings, 3)
-    for found, video in zip(videos, expected, strict=True):
-        assert torch.equal(found.computed_patches, video.computed)
-        torch.testing.assert_close(found.pooler_output[0], video.features, atol=2e-5, rtol=1e-5)
-        assert not found.deepstack_features
 
 
 @torch.no_grad()
@@ -364,7 +345,7 @@ def test_every_attention_gives_the_same(family, model, attention):
 @torch.no_grad()
 def test_other_dtypes(family, dtype):
     model = make_model(family).to(dtype)
-    inputs, settings = random_videos(), HoliTomConfig(**REUSE)
+    inputs, settings = random_videos(), replace(qwen.ON, **REUSE)
     inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(dtype)
     expected = overwritten(upstream_of(family, model), inputs, settings)
     found = model.get_video_features(**inputs, holitom_config=settings)
@@ -380,7 +361,7 @@ def test_other_dtypes(family, dtype):
 
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_gradients_are_those_of_overwriting(family, model, upstream, at_once):
-    inputs, settings = random_videos(), HoliTomConfig(**REUSE, **NOT_SHORTENED)
+    inputs, settings = random_videos(), replace(qwen.ON, **REUSE, **NOT_SHORTENED)
     model.zero_grad()
     upstream.zero_grad()
     found = model.get_video_features(**inputs, vision_batch_size=at_once, holitom_config=settings)
@@ -404,9 +385,8 @@ def test_gradients_are_those_of_overwriting(family, model, upstream, at_once):
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_generate_over_what_changes(family, model, upstream, decoder, num_beams):
     grids = [GRIDS[0], GRIDS[2]]
-    is_timed = family.name == "Qwen3VL"
     videos = [(grid, random_video(grid, 3 + v)) for v, grid in enumerate(grids)]
-    prompts = [qwen.make_prompt(3, grid, 4, seed=v, is_timed=is_timed) for v, grid in enumerate(grids)]
+    prompts = [family.prompt(3, grid, 4, seed=v) for v, grid in enumerate(grids)]
     tokens = [qwen.VISION_START, qwen.VISION_END, qwen.IMAGE, qwen.VIDEO]
     settings = replace(qwen.ON, **REUSE | decoder)
     kwargs = {"max_new_tokens": 4, "do_sample": False, "num_beams": num_beams, "suppress_tokens": tokens}
@@ -418,7 +398,7 @@ def test_generate_over_what_changes(family, model, upstream, decoder, num_beams)
         with torch.no_grad():
             encoded = simulated.encoded()
         given = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
-        if not is_timed:
+        if not family.is_timed:
             given.pop("video_grid_thw")
         expected = model.generate(
             **given,
@@ -434,7 +414,7 @@ def test_generate_over_what_changes(family, model, upstream, decoder, num_beams)
 def test_training_over_what_changes(family, model):
     """With checkpoints of activations and without, a loss and its gradients are the same."""
     grid = GRIDS[0]
-    prompt = qwen.make_prompt(3, grid, 4, is_timed=family.name == "Qwen3VL")
+    prompt = family.prompt(3, grid, 4)
     inputs = qwen.inputs_of([prompt], [(grid, random_video(grid, 3))])
     labels = torch.where(inputs["input_ids"] < qwen.VISION_START, inputs["input_ids"], -100)
     gradients = []
@@ -507,9 +487,8 @@ def test_operations_are_those_that_torch_counts(model, needs_importance):
     first, other = torch.randn(2, 6, 5, MERGE**2, 3 * 2 * PATCH * PATCH, generator=torch.Generator().manual_seed(0))
     second = torch.where((torch.arange(6) % 2 == 1)[:, None, None, None], other, first)
     inputs = media([(grid, torch.stack([first, second]).view(240, -1))])
-    settings = HoliTomConfig(
-        vision_reuse_layer=1, vision_reuse_threshold=0.7, **({} if needs_importance else NOT_SHORTENED)
-    )
+    settings = replace(qwen.ON, vision_reuse_layer=1, vision_reuse_threshold=0.7)
+    settings = settings if needs_importance else replace(settings, **NOT_SHORTENED)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         found = model.get_video_features(**inputs, holitom_config=settings)
     assert found.computed_patches[0].view(2, 6, 2, 10).float().mean((2, 3)).tolist() == [6 * [1], 3 * [0, 1]]

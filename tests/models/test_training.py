@@ -1,39 +1,33 @@
 """Training over compressed videos: checkpointing, LoRA with Trainer, saving what was learned."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ..conftest import VIDEO_TOKEN, make_prompt, make_video, pad_batch
-
 
 ANSWERS = [7, 31]
 
 
-def examples() -> list[dict]:
-    """Two videos, and a token to answer with for each."""
-    rows = []
-    for seed, answer in enumerate(ANSWERS):
-        prompt = torch.cat([make_prompt(3, "video:4", 4, seed=40), torch.tensor([answer])])
-        labels = torch.full_like(prompt, -100)
-        labels[-1] = answer
-        rows.append({"input_ids": prompt, "labels": labels, "pixel_values_videos": make_video(4, seed=41 + seed)})
-    return rows
+def examples(subject) -> list[dict]:
+    """Two prompts with videos, and a token to answer with for each."""
+    return [
+        {
+            "prompt": torch.cat([subject.prompt(3, 4, 4, seed=40), torch.tensor([answer])]),
+            "video": subject.video(4, seed),
+        }
+        for answer, seed in zip(ANSWERS, (41, 42))
+    ]
 
 
-def collate(rows) -> dict:
-    ids, mask = pad_batch([row["input_ids"] for row in rows])
-    labels, _ = pad_batch([row["labels"] for row in rows])
-    videos = torch.stack([row["pixel_values_videos"] for row in rows])
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels.masked_fill(mask == 0, -100),
-        "pixel_values_videos": videos,
-    }
+def collate(subject, rows) -> dict:
+    inputs = subject.inputs([row["prompt"] for row in rows], [row["video"] for row in rows])
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -1] = inputs["input_ids"][:, -1]
+    return inputs | {"labels": labels}
 
 
 def gradients(model, inputs) -> tuple[torch.Tensor, dict]:
@@ -44,9 +38,9 @@ def gradients(model, inputs) -> tuple[torch.Tensor, dict]:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
-    trained = copy.deepcopy(model).train()
-    inputs = collate(examples())
+def test_gradient_checkpointing_gives_the_same_gradients(subject, use_reentrant):
+    trained = copy.deepcopy(subject.model).train()
+    inputs = collate(subject, examples(subject))
     loss, plain = gradients(trained, inputs)
     trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     checkpointed_loss, checkpointed = gradients(trained, inputs)
@@ -56,23 +50,28 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
         torch.testing.assert_close(gradient, checkpointed[name])
 
 
-def test_the_loss_of_a_batch_is_over_the_text_of_all_rows(model, plain, settings):
-    inputs = collate(examples())
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == VIDEO_TOKEN, -100)
+def test_the_loss_of_a_batch_is_over_the_text_of_all_rows(subject):
+    rows = examples(subject)
+    inputs = collate(subject, rows)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == subject.config.video_token_id, -100)
     with torch.no_grad():
-        loss = model(**inputs | {"labels": labels}).loss
+        loss = subject.model(**inputs | {"labels": labels}).loss
     total = torch.tensor(0.0)
     count = 0
     for row, ids in enumerate(inputs["input_ids"]):
-        logits = plain.logits(ids, [inputs["pixel_values_videos"][row]], settings)
+        logits = subject.logits(ids, rows[row]["video"], subject.config.holitom_config)
         total += torch.nn.functional.cross_entropy(logits[:-1], labels[row, 1:], ignore_index=-100, reduction="sum")
         count += int((labels[row, 1:] != -100).sum())
     torch.testing.assert_close(loss, total / count, atol=1e-5, rtol=1e-5)
 
 
-def test_a_lora_is_trained_with_trainer_saved_and_loaded(model, tmp_path):
+def test_a_lora_is_trained_with_trainer_saved_and_loaded(subject, tmp_path):
     torch.manual_seed(0)
-    modules = ["q_proj", "v_proj", "up_proj", "down_proj", "linear_2", "lm_head"]
+    model = subject.model
+    modules = ["q_proj", "v_proj", "up_proj", "down_proj", "lm_head"]
+    modules += {"llava_onevision": ["linear_2"], "qwen2_5_vl": ["merger.mlp.2"], "qwen3_vl": ["linear_fc2"]}[
+        subject.name
+    ]
     lora = peft.LoraConfig(r=8, lora_alpha=32, target_modules=modules)
     trained = peft.get_peft_model(copy.deepcopy(model), lora)
     arguments = TrainingArguments(
@@ -89,21 +88,22 @@ def test_a_lora_is_trained_with_trainer_saved_and_loaded(model, tmp_path):
         disable_tqdm=True,
         gradient_checkpointing=True,
     )
-    trainer = Trainer(trained, arguments, train_dataset=examples() * 10, data_collator=collate)
+    rows = examples(subject)
+    trainer = Trainer(trained, arguments, train_dataset=rows * 10, data_collator=partial(collate, subject))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] / 4, (losses[0], losses[-1])
     trained.save_pretrained(tmp_path / "adapter")
     trained.eval()
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").eval()
-    for row, answer in zip(examples(), ANSWERS):
-        prompt = {"input_ids": row["input_ids"][None, :-1], "pixel_values_videos": row["pixel_values_videos"][None]}
+    for row, answer in zip(rows, ANSWERS):
+        prompt = subject.inputs([row["prompt"][:-1]], [row["video"]])
         first = trained.generate(**prompt, max_new_tokens=1, do_sample=False)
         assert torch.equal(loaded.generate(**prompt, max_new_tokens=1, do_sample=False), first)
         assert int(first[0, -1]) == answer
     merged = loaded.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     again = type(model).from_pretrained(tmp_path / "merged").eval()
-    inputs = {name: value for name, value in collate(examples()).items() if name != "labels"}
+    inputs = {name: value for name, value in collate(subject, rows).items() if name != "labels"}
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, merged(**inputs).logits)

@@ -18,6 +18,9 @@ from .prompts import PIXELS, encode_videos, frames_of
 from .savings import cache_bytes, row_savings
 
 
+PIXEL_LIMITS = ("min_pixels", "max_pixels")
+
+
 @dataclass
 class PreparedQuestion:
     """
@@ -188,6 +191,7 @@ class Answerer:
         question: str,
         num_frames: int | None = None,
         metadata: VideoMetadata | None = None,
+        **limits: float | None,
     ) -> PreparedQuestion:
         """
         Decodes the video and writes the prompt.
@@ -197,10 +201,16 @@ class Answerer:
             question: The question.
             num_frames: Frames to take of a file; `None`: at most the processor's.
             metadata: Of the video that frames are of, for a model that is told their times; `None`: not known.
+            limits: What the processor takes besides: `fps` of a file, in place of `num_frames`; where frames may have
+                several sizes `min_pixels` and `max_pixels`, of what the backbone's video processor says. `None`: its
+                own.
 
         Raises:
-            OSError, ValueError: If the video can't be read or has fewer frames.
+            OSError, ValueError: If the video can't be read or has fewer frames, or limits don't fit the backbone.
         """
+        limits = {name: value for name, value in limits.items() if value is not None}
+        if self.config.tokens_per_frame is not None and not limits.keys().isdisjoint(PIXEL_LIMITS):
+            raise ValueError(f"frames of {self.backbone.title} have one size: leave out {' and '.join(PIXEL_LIMITS)}")
         content = [{"type": "video"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         start = time.perf_counter()
@@ -209,7 +219,7 @@ class Answerer:
         else:
             options = {"num_frames": num_frames}
         features = self.processor(
-            text=text, videos=video, device=self._preprocessing_device(), return_tensors="pt", **options
+            text=text, videos=video, device=self._preprocessing_device(), return_tensors="pt", **options | limits
         )
         seconds = {"decode": time.perf_counter() - start}
         return PreparedQuestion(features, frames_of(features, self.processor)[0], seconds=seconds)

@@ -57,7 +57,16 @@ _TINY_SIGLIP = _SIGLIP | {
     "num_attention_heads": 4,
 }
 ARCHITECTURES = tuple(_DECODERS)
-# Of Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct and Qwen/Qwen3.5-9B: `model_type`, vision tower, decoder.
+# `model_type`, vision tower, decoder: of Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct and Qwen/Qwen3.5-9B,
+# and the first two at a size that a CPU runs in seconds, with patches and windows as they are.
+_SMALL_QWEN = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
 _QWEN = {
     "qwen2.5-vl-7b": (
         "qwen2_5_vl",
@@ -78,6 +87,7 @@ _QWEN = {
             "num_attention_heads": 28,
             "num_key_value_heads": 4,
             "vocab_size": 152064,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         },
     ),
     "qwen3-vl-8b": (
@@ -99,6 +109,48 @@ _QWEN = {
             "num_key_value_heads": 8,
             "head_dim": 128,
             "vocab_size": 151936,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+    "qwen2.5-vl-small": (
+        "qwen2_5_vl",
+        {
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "patch_size": 14,
+            "out_hidden_size": 256,
+            "window_size": 112,
+            "fullatt_block_indexes": [1, 3],
+        },
+        _SMALL_QWEN | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}},
+    ),
+    "qwen3-vl-small": (
+        "qwen3_vl",
+        {
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "patch_size": 16,
+            "out_hidden_size": 256,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        _SMALL_QWEN
+        | {
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+            },
         },
     ),
     "qwen3.5-9b": (
@@ -131,7 +183,7 @@ QWEN_ARCHITECTURES = tuple(_QWEN)
 
 def qwen_architecture(name: str, settings: HoliTomConfig | None = None):
     """
-    The config of a Qwen-VL model at a published size.
+    The config of a Qwen-VL model at one of its sizes.
 
     Args:
         name: One of `QWEN_ARCHITECTURES`.
@@ -139,7 +191,11 @@ def qwen_architecture(name: str, settings: HoliTomConfig | None = None):
             to it that follows one of full attention.
     """
     model_type, vision, text = _QWEN[name]
-    config = backbone_class(backbones()[model_type], "config")(vision_config=vision, text_config=text)
+    # No token ends an answer, and those of vision are the last ones of any vocabulary.
+    text = text | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    names = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{name}_token_id": text["vocab_size"] - 4 + number for number, name in enumerate(names)}
+    config = backbone_class(backbones()[model_type], "config")(vision_config=vision, text_config=text, **ids)
     types = getattr(config.text_config, "layer_types", None) or ["full_attention"] * text["num_hidden_layers"]
     allowed = [layer + 1 for layer, kind in enumerate(types[:-1]) if kind == "full_attention"]
     middle = min(allowed, key=lambda layer: abs(layer - 18 / 28 * len(types)))
@@ -147,19 +203,22 @@ def qwen_architecture(name: str, settings: HoliTomConfig | None = None):
     return config
 
 
-def architecture(name: str, settings: HoliTomConfig | None = None) -> HoliTomLlavaOnevisionConfig:
+def architecture(name: str, settings: HoliTomConfig | None = None):
     """
-    The config of LLaVA-OneVision at one of its sizes.
+    The config of a model at one of its sizes.
 
     Args:
-        name: One of `ARCHITECTURES`.
+        name: One of `ARCHITECTURES`, those of LLaVA-OneVision, or `QWEN_ARCHITECTURES`.
         settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth.
 
     Raises:
         ValueError: If there is no such name.
     """
+    if name in _QWEN:
+        return qwen_architecture(name, settings)
     if name not in _DECODERS:
-        raise ValueError(f"there is no architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES + QWEN_ARCHITECTURES)
+        raise ValueError(f"there is no architecture {name!r}: choose one of {known}")
     decoder = dict(_DECODERS[name])
     tied = decoder.pop("tie_word_embeddings", False)
     layers, vocabulary = decoder["num_hidden_layers"], decoder["vocab_size"]

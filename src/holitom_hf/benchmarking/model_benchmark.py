@@ -16,11 +16,8 @@ from ..answering.savings import cache_bytes
 from ..configuration import HoliTomConfig
 from ..merging.outer import merge_videos
 from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
-from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
-from ..models.llava_onevision.processing import HoliTomVideoProcessor
-from ..models.operations import projector_flops, vision_tower_flops
+from ..models.compression import in_slot_order
 from ..models.upstream import CACHE_NAME, cache_of
-from ..models.vision_importance import vision_importance
 from ..sequence.compaction import compact_prompt
 from .measuring import Spread, alternate, count_operations, count_waits, peak_bytes, seconds, wait_for
 from .models import Contest, contest
@@ -78,7 +75,7 @@ class ModelResult:
 
 @torch.inference_mode()
 def run_model_benchmark(
-    config: HoliTomLlavaOnevisionConfig,
+    config,
     num_frames: int = 32,
     batch_size: int = 1,
     device: torch.device | str = "cpu",
@@ -91,13 +88,14 @@ def run_model_benchmark(
     compile_vision: bool = False,
     variants: dict[str, dict] | None = None,
     progress=iter,
+    size: tuple[int, int] | None = None,
 ) -> ModelResult:
     """
     Measures upstream's class and ours over the same random weights.
 
     Args:
-        config: Architecture and settings.
-        num_frames: F.
+        config: Architecture and settings, of any backbone in `MEASURED`.
+        num_frames: Of each video.
         batch_size: Prompts at once, each with a video.
         device, dtype, attention: Of the models.
         static_share: Share of the tokens that repeat, see [`synthetic_features`].
@@ -107,25 +105,27 @@ def run_model_benchmark(
         compile_vision: Run the vision tower through `torch.compile`.
         variants: By name, settings that a variant of HoliTom has in place of the config's.
         progress: Wraps the rounds, as a progress bar does.
+        size: Height and width of frames in pixels, where the backbone takes several; default: its usual one.
 
     Raises:
-        ValueError: If the settings don't shorten anything or an answer has fewer than 2 tokens.
+        ValueError: If the settings don't shorten anything, an answer has fewer than 2 tokens, or the backbone takes no
+            frames of this size.
     """
     if new_tokens < 2:
         raise ValueError(f"an answer needs at least 2 tokens to be measured, got {new_tokens}")
     if not config.holitom_config.has_outer_stage or config.holitom_config.outer_method != "holitom":
         raise ValueError("the benchmark is of HoliTom: outer_method must be holitom and retention_ratio below 1")
-    game = contest(config, num_frames, batch_size, torch.device(device), dtype, attention, static_share)
+    game = contest(config, num_frames, batch_size, torch.device(device), dtype, attention, static_share, size)
     if compile_vision:
         for model in game.models.values():
-            model.model.vision_tower.compile()
-    encoded = game.encoded()
+            game.backbone.tower(model).compile()
+    encoded = game.encode(game.models["holitom"], return_vision_states=False)
     variants = {name: config.holitom_config.overlaid(settings) for name, settings in (variants or {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip.mp4"
-        write_clip(clip, max(CLIP_SECONDS, num_frames / 25))
+        write_clip(clip, max(CLIP_SECONDS, num_frames / 25), size=game.backbone.clip_size)
         clocks = {name: _Stopwatch(game.device) for name in game.models}
-        calls = _calls(game, encoded, clip, num_frames, new_tokens, clocks, variants)
+        calls = _calls(game, encoded, clip, new_tokens, clocks, variants)
         times = alternate(calls, game.device, rounds, progress=progress)
     # What is left of stages 1 and 2 besides the segmentation of the same round.
     pairs = zip(times["merging holitom"], times["segmentation holitom"])
@@ -137,8 +137,8 @@ def run_model_benchmark(
         step, model = name.split()
         steps.setdefault(step, {})[model] = Spread.of(values)
 
-    frames = num_frames * batch_size
-    tower_flops = vision_tower_flops(config.vision_config, frames) + projector_flops(config, frames)
+    operations = game.backbone.operations
+    tower_flops = batch_size * (operations.vision_tower + operations.projector)
     limit = machine_limits(game.device, dtype).operations_per_second
     caches = {name: cache_of(_prefill(model, game)) for name, model in game.models.items()}
     record = caches["holitom"].compressed_sequence
@@ -202,53 +202,39 @@ def _calls(
     game: Contest,
     encoded,
     clip: Path,
-    num_frames: int,
     new_tokens: int,
     clocks: dict[str, _Stopwatch],
     variants: dict[str, HoliTomConfig],
 ) -> dict[str, Callable]:
     """The steps as functions, in the order in which they take turns."""
-    processor = HoliTomVideoProcessor(num_frames=num_frames)
-    size = game.pixels.shape[-1]
-    ours = game.models["holitom"]
+    ours, backbone = game.models["holitom"], game.backbone
+    processor = backbone.processor()
     frames, _ = processor.decode(str(clip))
 
     def preprocess(videos):
-        pixels = processor(videos, size={"height": size, "width": size}, device=str(game.device), return_tensors="pt")[
-            "pixel_values_videos"
-        ]
-        return pixels.to(game.device, game.pixels.dtype)
-
-    hidden_index, layer = ours.model.importance_layer([ours.config.vision_feature_layer])
-    hidden = torch.cat(
-        [
-            ours.model.vision_tower(chunk, output_hidden_states=True).hidden_states[hidden_index]
-            for chunk in game.pixels.flatten(0, 1).split(ours.model.frames_per_chunk(game.pixels.shape[1]))
-        ]
-    )
-    per_frame = (len(encoded.pooler_output[0]) - 1) // num_frames
-    videos = [tokens[:-1].view(num_frames, per_frame, -1) for tokens in encoded.pooler_output]
-
-    def importance():
-        ours.model.apply_pooling(vision_importance(layer, hidden)[0][..., None])
+        pixels = backbone.preprocess(processor, videos, game.device)["pixel_values_videos"]
+        return pixels.to(game.device, game.features.dtype)
 
     def segmentation():
-        for tokens in videos:
-            runs = similarity_runs(frame_similarity(tokens), ours.config.holitom_config.similarity_threshold)
+        for video in ours.model.video_tokens(encoded):
+            runs = similarity_runs(frame_similarity(video.features), ours.config.holitom_config.similarity_threshold)
             choose_segments(count_static_tokens(runs))
 
-    _, merged = _merge(game, encoded)
+    videos = ours.model.video_tokens(encoded)
+    merged, embeddings = _merge(game, encoded)
     embeds = ours.get_input_embeddings()(game.input_ids)
     is_video = game.input_ids == ours.config.video_token_id
 
     def compaction():
-        slots = [len(tokens) for tokens in encoded.pooler_output]
-        compact_prompt(embeds, is_video, torch.ones_like(is_video), merged, slots)
+        slots = [ours.model.token_slots(tokens, video) for tokens, video in zip(merged, videos)]
+        _, ordered, slots = in_slot_order(merged, embeddings, slots)
+        num_slots = [video.num_slots for video in videos]
+        compact_prompt(embeds, is_video, torch.ones_like(is_video), ordered, num_slots, slots)
 
     calls = {"decode plain": lambda: processor.decode(str(clip)), "preprocess plain": lambda: preprocess(frames)}
     calls |= {"decode holitom": calls["decode plain"], "preprocess holitom": calls["preprocess plain"]}
     calls |= {
-        "importance holitom": importance,
+        "importance holitom": backbone.importance(ours, game.media),
         "segmentation holitom": segmentation,
         "merging holitom": lambda: _merge(game, encoded),
         "compaction holitom": compaction,
@@ -256,9 +242,7 @@ def _calls(
 
     def end_to_end(model, **kwargs):
         pixels = preprocess(processor.decode(str(clip))[0])
-        inputs = game.inputs() | kwargs
-        inputs["pixel_values_videos"] = pixels.expand_as(inputs["pixel_values_videos"]).contiguous()
-        _generate(model, inputs, new_tokens)
+        _generate(model, game.with_video(pixels) | kwargs, new_tokens)
 
     for name, model in game.models.items():
         replay = _decoder_call(model, game)
@@ -278,14 +262,14 @@ def _calls(
 def _vision_call(model, game: Contest, settings: HoliTomConfig | None = None) -> Callable:
     """Vision tower, projector and pooling; in ours without importance, which is a step of its own."""
     if model is game.models["plain"]:
-        return lambda: model.get_video_features(game.pixels, return_vision_states=False)
+        return lambda: game.encode(model)
     settings = replace(settings or model.config.holitom_config, outer_method="none")
-    return lambda: model.get_video_features(game.pixels, holitom_config=settings, return_vision_states=False)
+    return lambda: game.encode(model, holitom_config=settings, return_vision_states=False)
 
 
 def _computed_share(game: Contest, settings: HoliTomConfig) -> float:
     """Share of the patches that our tower computes in its later layers."""
-    computed = game.models["holitom"].get_video_features(game.pixels, holitom_config=settings).computed_patches
+    computed = game.encode(game.models["holitom"], holitom_config=settings).computed_patches
     return float(torch.cat(computed).float().mean())
 
 
@@ -312,9 +296,14 @@ def _generate(model, inputs: dict[str, torch.Tensor], new_tokens: int, streamer:
 
 
 def _merge(game: Contest, encoded):
-    """Stages 1 and 2 of all videos."""
+    """Stages 1 and 2 of all videos, with their further feature maps."""
     model = game.models["holitom"]
-    return merge_videos(model.model.video_tokens(encoded), model.config.holitom_config)
+    videos = model.model.video_tokens(encoded)
+    merged, embeddings = merge_videos(videos, model.config.holitom_config)
+    for tokens, video in zip(merged, videos):
+        for features in video.maps:
+            tokens.apply(features)
+    return merged, embeddings
 
 
 def _throughput(game: Contest, model, new_tokens: int, largest: int, rounds: int) -> dict[str, float]:

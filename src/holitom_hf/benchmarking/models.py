@@ -4,12 +4,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
-from ..models.llava_onevision.modeling import HoliTomLlavaOnevisionForConditionalGeneration
-from .synthetic import SyntheticPooling, synthetic_features, synthetic_pixels
+from ..models.registry import backbone_class
+from .backbones import MEASURED, MeasuredBackbone
+from .synthetic import SCENE_FRAMES, synthetic_features, synthetic_pixels
 
 
 NUM_TEXT_BEFORE, NUM_TEXT_AFTER = 14, 20  # tokens of a conversation's frame and of a short question
@@ -22,14 +22,16 @@ class Contest:
 
     Attributes:
         models: `"plain"`, upstream's class, and `"holitom"`; they share their weights.
-        input_ids: (B, L) with F*T+1 placeholders a row.
-        pixels: (B, F, 3, H, W).
-        features: (B*F, T, D), what both see behind the pooling.
+        backbone: What is special to them.
+        input_ids: (B, L) with a placeholder for every token of the video, and a newline's where the model has one.
+        media: Pixels, and what goes with them; B times as long as one video's.
+        features: (B*F, T, D), what both see behind tower and projector.
     """
 
-    models: dict[str, LlavaOnevisionForConditionalGeneration]
+    models: dict[str, PreTrainedModel]
+    backbone: MeasuredBackbone
     input_ids: torch.Tensor
-    pixels: torch.Tensor
+    media: dict[str, torch.Tensor]
     features: torch.Tensor
 
     @property
@@ -39,20 +41,32 @@ class Contest:
 
     def inputs(self, rows: int | None = None) -> dict[str, torch.Tensor]:
         """The question as both models take it; `rows` repeats the first."""
-        ids, pixels = self.input_ids, self.pixels
+        ids, media = self.input_ids, self.media
         if rows is not None:
-            ids, pixels = ids[:1].repeat(rows, 1), pixels[:1].repeat(rows, 1, 1, 1, 1)
-        return {"input_ids": ids, "pixel_values_videos": pixels, "attention_mask": torch.ones_like(ids)}
+            media = {name: _repeated(value[: len(value) // len(ids)], rows) for name, value in media.items()}
+            ids = _repeated(ids[:1], rows)
+        kinds = self.backbone.token_kinds(ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kinds, **media}
 
-    def encoded(self) -> BaseModelOutputWithPooling:
-        """What our vision tower makes of the pixels."""
-        return self.models["holitom"].get_video_features(self.pixels, return_vision_states=False, return_dict=True)
+    def with_video(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The question about another video, one for all prompts."""
+        pixels = pixels.to(self.device, self.features.dtype)
+        return self.inputs() | {"pixel_values_videos": _repeated(pixels, len(self.input_ids))}
+
+    def encode(self, model, **kwargs) -> BaseModelOutputWithPooling:
+        """What a model's vision tower and projector make of the pixels."""
+        return model.get_video_features(**self.media, return_dict=True, **kwargs)
+
+
+def _repeated(values: torch.Tensor, number: int) -> torch.Tensor:
+    """(N, ...) -> (number * N, ...)."""
+    return values.repeat(number, *[1] * (values.ndim - 1))
 
 
 @torch.no_grad()
 def random_models(
-    config: HoliTomLlavaOnevisionConfig, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
-) -> dict[str, LlavaOnevisionForConditionalGeneration]:
+    config, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
+) -> dict[str, PreTrainedModel]:
     """
     Both classes with the same random weights, made on the device: no second copy, nothing read.
 
@@ -61,14 +75,13 @@ def random_models(
         device, dtype: Of the weights.
         attention: An `attn_implementation`.
     """
-    plain = LlavaOnevisionConfig(
-        **{name: value for name, value in config.to_dict().items() if name not in ("holitom_config", "auto_map")}
-    )
+    own = ("holitom_config", "auto_map", "custom_pipelines", "model_type")
+    values = {name: value for name, value in config.to_dict().items() if name not in own}
+    plain = AutoConfig.for_model(config.model_type, **values)
+    options = {"dtype": dtype, "attn_implementation": attention}
     with torch.device("meta"):
-        ours = HoliTomLlavaOnevisionForConditionalGeneration._from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=attention
-        )
-        theirs = LlavaOnevisionForConditionalGeneration._from_config(plain, dtype=dtype, attn_implementation=attention)
+        ours = backbone_class(config.backbone, "generation")._from_config(copy.deepcopy(config), **options)
+        theirs = AutoModelForImageTextToText.from_config(plain, **options)
     ours.to_empty(device=device)
     torch.manual_seed(0)
     ours.initialize_weights()
@@ -83,49 +96,56 @@ def random_models(
 
 
 def contest(
-    config: HoliTomLlavaOnevisionConfig,
+    config,
     num_frames: int,
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
     attention: str = "sdpa",
     static_share: float = 0.6,
+    size: tuple[int, int] | None = None,
 ) -> Contest:
     """
     Makes models, pixels, features and prompts.
 
     Args:
         config: Architecture and settings.
-        num_frames: F.
+        num_frames: Of each video.
         batch_size: B.
         device, dtype, attention: As in [`random_models`].
         static_share: Share of the tokens and patches that repeat, see [`synthetic_features`], [`synthetic_pixels`].
+        size: Height and width of frames in pixels, where the backbone takes several; default: its usual one.
+
+    Raises:
+        ValueError: If the backbone is not measured yet, or takes no frames of this size.
     """
+    if config.model_type not in MEASURED:
+        raise ValueError(f"the benchmark does not measure {config.backbone.title} yet")
+    backbone = MEASURED[config.model_type](config, num_frames, size)
     models = random_models(config, device, dtype, attention)
-    vision, vocabulary = config.vision_config, config.text_config.vocab_size
-    side = vision.image_size // vision.patch_size
-    tokens_per_frame = (-(-side // 2)) ** 2
+    sizes, vocabulary = backbone.operations, config.text_config.vocab_size
     features = synthetic_features(
-        batch_size * num_frames,
-        tokens_per_frame,
+        batch_size * sizes.num_frames,
+        sizes.tokens_per_frame,
         config.text_config.hidden_size,
         static_share,
+        scene_frames=SCENE_FRAMES // backbone.frames_together,
         device=device,
         dtype=dtype,
     )
     for model in models.values():
-        model.model.apply_pooling = SyntheticPooling(model.model.apply_pooling, features)
+        backbone.show(model, features)
     random = torch.Generator().manual_seed(0)
-    before = torch.randint(0, vocabulary - 2, (batch_size, NUM_TEXT_BEFORE), generator=random)
-    after = torch.randint(0, vocabulary - 2, (batch_size, NUM_TEXT_AFTER), generator=random)
-    video = torch.full((batch_size, num_frames * tokens_per_frame + 1), config.video_token_id)
+    before = torch.randint(0, vocabulary - 4, (batch_size, NUM_TEXT_BEFORE), generator=random)
+    after = torch.randint(0, vocabulary - 4, (batch_size, NUM_TEXT_AFTER), generator=random)
+    video = backbone.video_ids(random).expand(batch_size, -1)
     input_ids = torch.cat([before, video, after], dim=1).to(device)
-    pixels = synthetic_pixels(
+    frames = synthetic_pixels(
         batch_size * num_frames,
-        vision.image_size,
-        vision.patch_size,
+        backbone.size,
+        backbone.repeating_side,
         static_share,
         device=device,
         dtype=dtype,
     ).unflatten(0, (batch_size, num_frames))
-    return Contest(models, input_ids, pixels, features)
+    return Contest(models, backbone, input_ids, backbone.media(frames), features)

@@ -1,5 +1,6 @@
 """Videos and features with a chosen redundancy, so that as many tokens stay as of a real video."""
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -50,7 +51,7 @@ def synthetic_features(
 
 def synthetic_pixels(
     num_frames: int,
-    side: int,
+    size: tuple[int, int],
     patch_size: int,
     static_share: float = 0.6,
     scene_frames: int = SCENE_FRAMES,
@@ -63,22 +64,24 @@ def synthetic_pixels(
 
     Args:
         num_frames: F.
-        side, patch_size: Of the frames and of the vision tower's patches, in pixels.
+        size: Height and width of the frames, in pixels.
+        patch_size: Side of what repeats as a whole, in pixels.
         static_share: Share of the patches that repeat over their scene.
         scene_frames: Frames of a scene.
         seed: Of the random numbers.
         device, dtype: Of the result.
 
     Returns:
-        (F, 3, side, side).
+        (F, 3, H, W).
     """
     random = torch.Generator(device).manual_seed(seed)
-    frames = torch.randn((num_frames, 3, side, side), generator=random, device=device, dtype=dtype)
-    grid = side // patch_size
+    frames = torch.randn((num_frames, 3, *size), generator=random, device=device, dtype=dtype)
+    rows, columns = (side // patch_size for side in size)
     for start in range(0, num_frames, scene_frames):
-        chosen = torch.randperm(grid**2, generator=random, device=device) < round(static_share * grid**2)
-        is_static = chosen.view(grid, grid).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
-        scene = frames[start : start + scene_frames, :, : grid * patch_size, : grid * patch_size]
+        order = torch.randperm(rows * columns, generator=random, device=device)
+        chosen = (order < round(static_share * rows * columns)).view(rows, columns)
+        is_static = chosen.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+        scene = frames[start : start + scene_frames, :, : rows * patch_size, : columns * patch_size]
         scene[1:] = torch.where(is_static, scene[:1], scene[1:])
     return frames
 
@@ -109,6 +112,26 @@ class SyntheticPooling:
         if frames == list(range(first, first + len(frames))):
             return self.features[first : first + len(frames)]
         return self.features[frames]
+
+
+class SyntheticFeatures:
+    """In place of a model's `get_video_features`, where videos have grids: of what the decoder gets, chosen ones."""
+
+    def __init__(self, encode: Callable, features: torch.Tensor):
+        """
+        Args:
+            encode: The model's own.
+            features: (V, N, D), given out from the first video on in every call, again from it after the last.
+        """
+        functools.update_wrapper(self, encode)  # `generate` reads there which arguments are its own
+        self.encode, self.features = encode, features
+
+    def __call__(self, *args, **kwargs):
+        """What the model's own returns, with other features; the work before stays what it is."""
+        output = self.encode(*args, **kwargs)
+        videos = range(len(output.pooler_output))
+        output.pooler_output = [self.features[video % len(self.features)] for video in videos]
+        return output
 
 
 def write_clip(

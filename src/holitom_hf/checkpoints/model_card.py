@@ -91,19 +91,20 @@ from the video.
 
 
 def _savings_table(config) -> str:
-    """Tokens and operations at several numbers of frames, or of tokens where frames differ in size."""
+    """Tokens and operations at several numbers of frames, where their size is known."""
+    if config.tokens_per_frame is None:
+        return "How many tokens that is depends on the video."
     settings, text = config.holitom_config, config.text_config
     # Of all experts that see a token, where there are experts.
     width = getattr(text, "moe_intermediate_size", 0) * getattr(text, "num_experts_per_tok", 1)
     sizes, depth = (text.hidden_size, width or text.intermediate_size), text.num_hidden_layers
     lines = ["| frames | tokens | before the decoder | after stage 3 | prefill FLOPs |", "| ---: " * 5 + "|"]
     for num_frames in (8, 16, 32, 64):
-        tokens = num_frames * (config.tokens_per_frame or 128)
+        tokens = num_frames * config.tokens_per_frame
         outer = round(tokens * settings.retention_ratio) if settings.has_outer_stage else tokens
         inner = round(outer * (1 - settings.inner_merge_ratio)) if settings.has_inner_stage else outer
         layer = settings.inner_merge_layer if settings.has_inner_stage else None
         flops = prefill_flops(tokens_by_layer(outer, inner, layer, depth), *sizes)
         share = flops / prefill_flops([tokens] * depth, *sizes)
-        frames = num_frames if config.tokens_per_frame else "-"
-        lines.append(f"| {frames} | {tokens} | {outer} | {inner} | {share:.1%} |")
+        lines.append(f"| {num_frames} | {tokens} | {outer} | {inner} | {share:.1%} |")
     return "\n".join(lines)

@@ -213,7 +213,8 @@ def _vision_fields(settings: HoliTomConfig) -> dict:
 
 def _encode(answerer: Answerer, decoded: dict[str, tuple], settings: HoliTomConfig) -> dict[str, EncodedVideo]:
     """Every video through the tower as the settings have it, with what any method may ask for."""
-    settings, model, encoded = HoliTomConfig(retention_ratio=0.5, **_vision_fields(settings)), answerer.model, {}
+    fields = _vision_fields(settings) | {"retention_ratio": 0.5, "inner_method": "none"}
+    settings, model, encoded = HoliTomConfig(**fields), answerer.model, {}
     for video, (pixels, prompt) in decoded.items():
         inputs = BatchFeature(prompt.features | {PIXELS: pixels.to(model.device, model.dtype)})
         [num_frames] = frames_of(inputs, answerer.processor)

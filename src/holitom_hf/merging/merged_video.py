@@ -121,6 +121,8 @@ class MergedVideo:
             weight = weights.new_zeros(self.num_input_tokens).index_add_(0, inputs, weights * is_named)
             return weight.view_as(self.assignment)
         tokens_per_frame = self.assignment.shape[1]
+        if not self.num_tokens:
+            return self.assignment * 0.0
         is_kept = self.assignment >= 0
         output = self.assignment.clamp_min(0)
         is_own = is_kept & (self.position[output] == torch.arange(tokens_per_frame, device=output.device))

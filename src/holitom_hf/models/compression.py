@@ -124,6 +124,10 @@ class CompressingModelMixin:
         """
         return {}
 
+    def placeholder_ids(self, input_ids, position_inputs):
+        """Hook: `input_ids` without placeholders that are text."""
+        return input_ids
+
     def upstream_video(self, video: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
         """Hook: encoded videos as upstream's forward takes them."""
         return video
@@ -226,6 +230,7 @@ class CompressingModelMixin:
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        input_ids = self.placeholder_ids(input_ids, position_inputs or {})
         image_mask, video_mask = (mask[..., 0] for mask in self.get_placeholder_mask(input_ids, inputs_embeds))
         image, image_features = encoded.get("image"), None
         if image is not None:

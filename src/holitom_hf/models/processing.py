@@ -30,11 +30,13 @@ class HoliTomVideoProcessorMixin:
         backbone: Whose it is.
         upstream_class: The class that saved files name.
         fewest_frames: How many the model needs; the last frame of a shorter video is repeated.
+        sampling_names: What `sample_frames` takes.
     """
 
     backbone: ClassVar[Backbone]
     upstream_class: ClassVar[type[BaseVideoProcessor]]
     fewest_frames = 1
+    sampling_names = ("num_frames", "fps")
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
@@ -82,13 +84,13 @@ class HoliTomVideoProcessorMixin:
         Args:
             videos: A video or a (nested) list of them; frames pass as they are.
             do_sample_frames: `False` reads every frame.
-            kwargs: `num_frames` or `fps`, for images the rate that they were taken at.
+            kwargs: What `sample_frames` takes; for images `fps` is the rate that they were taken at.
 
         Returns:
             A flat list of videos, (F, 3, H, W) uint8 where they were files, and their metadata.
         """
         do_sample_frames = self.do_sample_frames if do_sample_frames is None else do_sample_frames
-        asked = {"do_sample_frames": do_sample_frames} | {name: kwargs.get(name) for name in ("num_frames", "fps")}
+        asked = {"do_sample_frames": do_sample_frames} | {name: kwargs.get(name) for name in self.sampling_names}
         decoded, metadata = [], []
         for video in _flat(videos):
             if _is_image_files(video):
@@ -116,7 +118,7 @@ class HoliTomVideoProcessorMixin:
         Args:
             metadata: Of the file.
             do_sample_frames: `False` takes every frame.
-            sampling: `num_frames` or `fps`.
+            sampling: For `sample_frames`.
         """
         if do_sample_frames is False:
             taken = np.arange(metadata.total_num_frames)
@@ -199,7 +201,7 @@ class HoliTomProcessorMixin:
                 videos don't match in number.
         """
         if has_video_file(videos):
-            names = ("num_frames", "fps", "do_sample_frames")
+            names = (*self.video_processor.sampling_names, "do_sample_frames")
             asked = kwargs.get("videos_kwargs", {}) | kwargs
             videos, metadata = self.video_processor.decode(videos, **{name: asked.get(name) for name in names})
             kwargs = {name: value for name, value in kwargs.items() if name not in names}
@@ -235,9 +237,10 @@ class HoliTomProcessorMixin:
             pretrained_model_name_or_path = base
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if not isinstance(processor.video_processor, cls.own_video_processor):
-            # Whoever wrote the file, upstream's class has filled in its defaults.
-            settings = processor.video_processor.to_dict() | {"auto_map": None}
-            processor.video_processor = cls.own_video_processor.from_dict(settings)
+            # From the file: upstream's class has filled in its defaults.
+            processor.video_processor = cls.own_video_processor.from_pretrained(
+                pretrained_model_name_or_path, **kwargs
+            )
         return processor
 
     def to_dict(self) -> dict:

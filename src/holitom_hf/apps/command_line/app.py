@@ -21,9 +21,12 @@ from .measuring import app as measuring
 from .options import (
     Device,
     Dtype,
+    Fps,
     Frames,
     Host,
     MaxNewTokens,
+    MaxPixels,
+    MinPixels,
     Model,
     Port,
     Preset,
@@ -64,6 +67,9 @@ def answer(
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
     frames: Frames = None,
+    fps: Fps = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     max_new_tokens: MaxNewTokens = 256,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -85,7 +91,9 @@ def answer(
         quiet()
         with step("Decoding the video"):
             answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
-            inputs = answerer.prepare(video, question, num_frames=frames)
+            inputs = answerer.prepare(
+                video, question, num_frames=frames, fps=fps, min_pixels=min_pixels, max_pixels=max_pixels
+            )
         with step(f"Loading {model}"):
             answerer.load_model()
         with step(f"Encoding {inputs.num_frames} frames"):

@@ -27,7 +27,7 @@ from .options import (
 
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
-QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-9b")
+QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-9b", "qwen2.5-vl-small", "qwen3-vl-small")
 # Options of drawn sets.
 Split = Annotated[
     str,
@@ -42,6 +42,10 @@ Redundancy = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of synt
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU; default: torch's.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each step.")]
 Compare = Annotated[Path | None, typer.Option(help="Earlier result: tell what got slower since.")]
+FrameSize = Annotated[
+    tuple[int, int] | None,
+    typer.Option(help="Height and width of frames in pixels, for models that take several; default: 14 x 14 tokens."),
+]
 
 
 @app.command()
@@ -125,12 +129,7 @@ def flops(
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of the video.")] = 32,
-    size: Annotated[
-        tuple[int, int] | None,
-        typer.Option(
-            help="Height and width of frames in pixels, for models that take several; default: 14 x 14 tokens."
-        ),
-    ] = None,
+    size: FrameSize = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt beside the video's.")] = 34,
     redundancy: Redundancy = 0.6,
     computed: Annotated[
@@ -142,16 +141,14 @@ def flops(
         name, hub = (model, {}) if model in (*SIZES, *QWEN_SIZES) else find_model(model)
         settings = settings_of(preset, retention_ratio)
         quiet()
-        from ...benchmarking.architectures import architecture, qwen_architecture
+        from ...benchmarking.architectures import architecture
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
         from ...merging.registry import METHODS
         from ...models.registry import backbone_class, backbone_of
 
-        if model in SIZES:
+        if model in (*SIZES, *QWEN_SIZES):
             config = architecture(model, settings)
-        elif model in QWEN_SIZES:
-            config = qwen_architecture(model, settings)
         else:
             options = {} if settings is None else {"holitom_config": settings}
             config = backbone_class(backbone_of(name, **hub), "config").from_pretrained(name, **options, **hub)
@@ -177,10 +174,11 @@ def flops(
 
 @app.command(cls=ManyValues)
 def bench(
-    arch: Annotated[str, typer.Option(help="0.5b, 7b, 72b or tiny, with random weights.")] = "tiny",
+    arch: Annotated[str, typer.Option(help=f"With random weights: {', '.join(SIZES + QWEN_SIZES)}.")] = "tiny",
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
     frames: Annotated[int, typer.Option(min=2, help="Frames of each video.")] = 32,
+    size: FrameSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once, each with a video.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     redundancy: Redundancy = 0.6,
@@ -237,6 +235,7 @@ def bench(
                 compile_vision,
                 _vision_variants(vision_reuse_layer, vision_methods),
                 progress_bar("Measuring"),
+                size,
             )
             print(report.model_table(result))
             _finish(out, old, machine(place), result)

@@ -7,17 +7,19 @@ import numpy as np
 from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from ..processing import HoliTomProcessorMixin, HoliTomVideoProcessorMixin
+from ..processing import HoliTomProcessorMixin
+from ..qwen_vl.limits import QwenVideoProcessorMixin
 from .backbone import BACKBONE
 
 
-class HoliTomQwen2_5_VLVideoProcessor(HoliTomVideoProcessorMixin, Qwen2VLVideoProcessor):
+class HoliTomQwen2_5_VLVideoProcessor(QwenVideoProcessorMixin, Qwen2VLVideoProcessor):
     """
     `Qwen2VLVideoProcessor` that decodes with PyAV. Files are sampled as Qwen's own tools do, `fps` frames per second
     (by default 2), between `min_frames` and `max_frames` and in pairs; or `num_frames` are taken, as many as it says.
 
     Arrays, tensors and lists of images are taken as upstream takes them: whole, unless `do_sample_frames=True`, which
-    rounds `num_frames` to pairs. `size` bounds height times width of a frame.
+    rounds `num_frames` to pairs. `min_pixels` and `max_pixels`, upstream's `size`, bound height times width of a
+    frame.
     """
 
     backbone = BACKBONE
@@ -27,7 +29,13 @@ class HoliTomQwen2_5_VLVideoProcessor(HoliTomVideoProcessorMixin, Qwen2VLVideoPr
     fps = 2
 
     def sample_frames(
-        self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        **kwargs,
     ) -> np.ndarray:
         """
         Overrides Qwen2VLVideoProcessor.sample_frames, which spaces frames differently from Qwen's tools, takes one too
@@ -37,6 +45,7 @@ class HoliTomQwen2_5_VLVideoProcessor(HoliTomVideoProcessorMixin, Qwen2VLVideoPr
             metadata: Of the video.
             num_frames: How many frames; `None`: at most `self.num_frames`, or by rate.
             fps: How many per second of video; `None`: `self.fps`.
+            min_frames, max_frames: By rate no fewer and no more; `None`: the processor's.
 
         Returns:
             Ascending indices, both ends among them.
@@ -49,10 +58,10 @@ class HoliTomQwen2_5_VLVideoProcessor(HoliTomVideoProcessorMixin, Qwen2VLVideoPr
         if num_frames is None:
             if metadata.fps is None:
                 raise ValueError("sampling by fps needs the video's own frame rate: pass video_metadata with fps")
-            pair = self.temporal_patch_size
-            fewest = math.ceil(self.min_frames / pair) * pair
+            pair, limits = self.temporal_patch_size, self.within(min_frames, max_frames)
+            fewest = math.ceil(limits.min_frames / pair) * pair
             at_rate = total / metadata.fps * (fps or self.fps)
-            num_frames = max(1, int(min(max(at_rate, fewest), self.max_frames, total)) // pair * pair)
+            num_frames = max(1, int(min(max(at_rate, fewest), limits.max_frames, total)) // pair * pair)
         return np.linspace(0, total - 1, num_frames).round().astype(int)
 
     def _decode_and_sample_videos(self, videos, video_metadata, do_sample_frames=None, sample_indices_fn=None):

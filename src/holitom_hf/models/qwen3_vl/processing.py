@@ -3,18 +3,32 @@
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
 from ..processing import HoliTomProcessorMixin
+from ..qwen_vl.limits import QwenVideoProcessorMixin
 from ..qwen_vl.processing import TimedVideoProcessorMixin
 from .backbone import BACKBONE
 
 
-class HoliTomQwen3VLVideoProcessor(TimedVideoProcessorMixin, Qwen3VLVideoProcessor):
+class HoliTomQwen3VLVideosKwargs(Qwen3VLVideoProcessor.valid_kwargs, total=False):
+    """
+    min_pixels (`int`, *optional*):
+        The fewest pixels of a video, all frames together.
+    max_pixels (`int`, *optional*):
+        The most pixels of a video, all frames together.
+    """
+
+    min_pixels: int
+    max_pixels: int
+
+
+class HoliTomQwen3VLVideoProcessor(QwenVideoProcessorMixin, TimedVideoProcessorMixin, Qwen3VLVideoProcessor):
     """
     `Qwen3VLVideoProcessor` that decodes with PyAV: as upstream `fps` frames per second, by default 2 of them, between
-    `min_frames` and `max_frames`; or `num_frames`, which upstream takes beside `fps=None` only. `size` bounds frames
-    times height times width of a video.
+    `min_frames` and `max_frames`; or `num_frames`, which upstream takes beside `fps=None` only. `min_pixels` and
+    `max_pixels`, upstream's `size`, bound frames times height times width of a video.
     """
 
     backbone = BACKBONE
+    valid_kwargs = HoliTomQwen3VLVideosKwargs
 
 
 class HoliTomQwen3VLProcessor(HoliTomProcessorMixin, Qwen3VLProcessor):

@@ -16,6 +16,9 @@ from .positions import QwenPositionsMixin, position_inputs
 from .vision import QwenVisionMixin
 
 
+NO_TOKEN = -1  # an id that no token has
+
+
 class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin):
     """For the model of a Qwen-VL backbone, before upstream's class: its videos are shortened."""
 
@@ -35,6 +38,16 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
         elif image_maps:
             maps, video_mask = joined_maps(maps, video_mask, image_maps, image_mask)
         return {"visual_pos_masks": video_mask, "deepstack_visual_embeds": maps} if maps else {}
+
+    def placeholder_ids(self, input_ids: torch.Tensor | None, position_inputs: dict) -> torch.Tensor | None:
+        """
+        Overrides CompressingModelMixin.placeholder_ids: where `mm_token_type_ids` say that a token is text, it is:
+        one that the model itself has written.
+        """
+        types = position_inputs.get("mm_token_type_ids")
+        if input_ids is None or types is None or types.shape[1] < input_ids.shape[1]:
+            return input_ids
+        return input_ids.masked_fill(types[:, types.shape[1] - input_ids.shape[1] :] == 0, NO_TOKEN)
 
     @takes_cache
     @merge_with_config_defaults
@@ -86,7 +99,8 @@ class QwenModelMixin(QwenVisionMixin, QwenPositionsMixin, CompressingModelMixin)
         settings = self.settings_for(holitom_config)
 
         def encode_videos():
-            self.check_placeholders(input_ids, pixel_values_videos, video_grid_thw)
+            ids = self.placeholder_ids(input_ids, {"mm_token_type_ids": mm_token_type_ids})
+            self.check_placeholders(ids, pixel_values_videos, video_grid_thw)
             return self.get_video_features(
                 pixel_values_videos,
                 video_grid_thw,

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from ...merging.merged_video import MergedVideo
 from ...merging.video_tokens import VideoTokens
 from ...sequence.compressed_sequence import CompressedSequence
-from ...sequence.placeholders import cached_length
+from ...sequence.placeholders import cached_length, check_position_ids
 from ..generation import HoliTomGenerationMixin
 from ..upstream import CACHE_NAME
 
@@ -63,9 +63,10 @@ class QwenPositionsMixin:
             (3, B, L).
 
         Raises:
-            ValueError: If the kinds of tokens are not given, or don't fit the grids.
+            ValueError: If position ids have a wrong shape, or kinds of tokens are not given or don't fit the grids.
         """
         if position_ids is not None:
+            check_position_ids(position_ids, is_real.shape[1], 3)
             positions = position_ids.expand(3, -1, -1) if position_ids.ndim == 2 else position_ids[-3:]
             positions = positions.expand(-1, len(is_real), -1)
         else:
@@ -128,10 +129,9 @@ class QwenGenerationMixin(HoliTomGenerationMixin):
     """[`HoliTomGenerationMixin`] for Qwen-VL backbones, whose positions are counted before videos are encoded."""
 
     def check_videos(self, input_ids: torch.Tensor | None, model_kwargs: dict) -> None:
-        """Overrides HoliTomGenerationMixin.check_videos: with the grids."""
-        self.model.check_placeholders(
-            input_ids, model_kwargs["pixel_values_videos"], model_kwargs.get("video_grid_thw")
-        )
+        """Overrides HoliTomGenerationMixin.check_videos: with the grids, among tokens that are no text."""
+        ids = self.model.placeholder_ids(input_ids, model_kwargs)
+        self.model.check_placeholders(ids, model_kwargs["pixel_values_videos"], model_kwargs.get("video_grid_thw"))
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> torch.Tensor:
         """

@@ -1,0 +1,11 @@
+"""What tests of models share."""
+
+import pytest
+
+from .subjects import SUBJECTS, LlavaSubject, QwenSubject
+
+
+@pytest.fixture(scope="session", params=SUBJECTS)
+def subject(request, model, plain) -> LlavaSubject | QwenSubject:
+    """A small model of each backbone."""
+    return LlavaSubject(model, plain) if request.param == "llava_onevision" else QwenSubject(request.param)
