@@ -90,7 +90,7 @@ def test_comments_are_left_out_docstrings_too_or_cut_to_a_sentence(tmp_path):
     text = flatten(source, {"entry_point": source / "entry.py"})["entry_point"]
     assert text.startswith('# From holitom_hf/entry.py.\n\n"""The door."""\n')
     assert "    lay,\n" in text
-    assert '    """Comes in, sits at the table of 2.5\n    legs, and eats."""\n\n    def' in text
+    assert '    """Comes in, sits at the table of 2.5\n    legs, and eats."""\n    def' in text
     assert "def main():\n    from .room_deep_chair" in text
     assert "    def leave(self):\n        return 1\n" in text
     assert '    def eat(self):\n        """Hook."""\n' in text
