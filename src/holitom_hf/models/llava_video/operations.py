@@ -8,7 +8,8 @@ from ..operations import EncoderOperations
 
 def encoder_operations(config, num_frames: int, *args, **kwargs) -> EncoderOperations:
     """
-    What stands before the decoder, for one video: LLaVA-OneVision's, but for the tokens of a frame and the newlines.
+    What stands before the decoder, for one video: LLaVA-OneVision's, but for the tokens of a frame and the newlines,
+    which are those of all rows: a compressed video has none behind rows without a token.
 
     Args:
         config: [`HoliTomLlavaVideoConfig`].
