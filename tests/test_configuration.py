@@ -162,6 +162,7 @@ PAPER = {
     "llava-onevision-7b-r20-no-inner": {"retention_ratio": 0.20, "inner_merge_layer": None},
     "llava-onevision-7b-r25-no-inner": {"retention_ratio": 0.25, "inner_merge_layer": None},
     "llava-onevision-72b-r15": {"inner_merge_layer": 60},
+    "llava-onevision-72b-r15-no-inner": {"inner_merge_layer": None},
     "llava-video-7b-r15": {"newline_position": "row"},
     "llava-onevision-0.5b-r15": {"inner_merge_layer": 15},
 }

@@ -18,6 +18,8 @@ from holitom_hf.models.llava_onevision.backbone import BACKBONE
 from holitom_hf.models.registry import backbones
 
 
+# Backbones whose classes are subclasses of another's.
+PARENTS = {"llava_video": {"llava_onevision"}}
 FILES = {
     "entry.py": '''
 """
@@ -88,7 +90,7 @@ def test_comments_are_left_out_docstrings_too_or_cut_to_a_sentence(tmp_path):
     text = flatten(source, {"entry_point": source / "entry.py"})["entry_point"]
     assert text.startswith('# holitom_hf/entry.py\n\n"""The door."""\n')
     assert "    lay,\n" in text
-    assert '    """Comes in, sits at the table of 2.5\n    legs, and eats."""\n\n    def' in text
+    assert '    """Comes in, sits at the table of 2.5\n    legs, and eats."""\n    def' in text
     assert "def main():\n    from .room_deep_chair" in text
     assert "    def leave(self):\n        return 1\n" in text
     assert '    def eat(self):\n        """Hook."""\n' in text
@@ -153,14 +155,16 @@ class TestBackbones:
         )
 
     def test_it_carries_its_own_backbone_only_and_little(self, backbone):
+        """And the one that it is made of, if it is."""
         modules = flat_package(backbone)
         # One name may begin as another does: the longest counts.
         owners = {
             max((other for other in backbones() if name.startswith(f"models_{other}")), key=len, default=None)
             for name in modules
         }
-        assert owners == {None, backbone.model_type}
-        assert sum(map(len, modules.values())) < 220_000
+        parents = PARENTS.get(backbone.model_type, set())
+        assert owners == {None, backbone.model_type, *parents}
+        assert sum(map(len, modules.values())) < (235_000 if parents else 220_000)
         assert modules == carried_modules(backbone)
 
     def test_code_is_the_same_but_for_imports_and_docstrings(self, backbone):

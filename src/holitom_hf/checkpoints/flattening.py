@@ -4,7 +4,8 @@ From a package to flat files, which is all that transformers' dynamic modules kn
 What a backbone's entry files import, directly or not, is found in their syntax trees. Each module is written under
 its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Comments and
 docstrings of functions are left out, the other docstrings cut to their first sentence, blank lines too where there are
-two or an import follows: whoever reads a checkpoint's code finds the rest in the file that its first line names.
+two, or an import or an indented line follows: whoever reads a checkpoint's code finds the rest in the file that its
+first line names.
 """
 
 import ast
@@ -71,7 +72,7 @@ def flatten(root: Path, entries: dict[str, Path]) -> dict[str, str]:
         _leave_out_comments(lines, source)
         origin = file.relative_to(root).as_posix()
         text = "\n".join([f"# holitom_hf/{origin}", *(line for line in lines if line is not None)])
-        sources[name] = re.sub(r"\n{3,}", "\n\n", re.sub(r"\n{2,}(?=from |import )", "\n", text))
+        sources[name] = re.sub(r"\n{3,}", "\n\n", re.sub(r"\n{2,}(?=from |import |    )", "\n", text))
         trees[name] = ast.parse(sources[name])
     _check_imports(trees)
     return sources

@@ -49,8 +49,8 @@ def merge_videos(videos: list[VideoTokens], config: MergingSettings) -> tuple[li
                 "holitom_config=...) and the settings they will be merged with"
             )
         merged.append(merge_tokens(video, config))
-        tokens, has_end = merged[-1].embeddings, config.newline_position == "end" or not config.has_outer_stage
-        if video.newline is not None and has_end:
+        tokens = merged[-1].embeddings
+        if video.newline is not None and config.newline_position == "end":
             tokens = torch.cat([tokens, video.newline[None]])
         embeddings.append(tokens)
         if len(tokens) > video.num_slots:

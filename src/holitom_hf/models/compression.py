@@ -56,6 +56,14 @@ class CompressingModelMixin:
         """
         return None
 
+    def kept_slots(self, merged: MergedVideo, video, settings):
+        """Hook: the same, (N,) int64, where tokens keep their places. Raises a `ValueError` if newlines have none."""
+        if settings.has_outer_stage and settings.newline_position == "row":
+            raise ValueError(
+                'position_ids="kept" needs newline_position="end": newlines of rows have no place to keep'
+            )
+        return merged.place
+
     def full_positions(self, start: torch.Tensor, is_real: torch.Tensor, **position_inputs) -> torch.Tensor:
         """
         Hook: positions of a call's tokens if none of them were dropped.
@@ -325,16 +333,15 @@ class CompressingModelMixin:
             videos = with_questions(videos, inputs_embeds[:, :num_prompt], video_mask, is_real)
         merged, embeddings = merge_videos(videos, settings)
         is_kept = settings.position_ids == "kept"
-        if is_kept and settings.has_outer_stage and settings.newline_position == "row":
-            raise ValueError(
-                'position_ids="kept" needs newline_position="end": newlines of rows have no place to keep'
-            )
-        slots = [tokens.place if is_kept else self.token_slots(tokens, video) for tokens, video in zip(merged, videos)]
+        slots = [
+            self.kept_slots(tokens, video, settings) if is_kept else self.token_slots(tokens, video)
+            for tokens, video in zip(merged, videos)
+        ]
         merged, embeddings, slots = in_slot_order(merged, embeddings, slots)
         num_slots = [video.num_slots for video in videos]
         counts = settings.proportional_attention
         sizes = None
-        if counts and any(video.num_tokens < video.num_input_tokens for video in merged):
+        if counts and any(len(tokens) < number for tokens, number in zip(embeddings, num_slots)):
             newline = torch.ones(1, device=device)
             sizes = [torch.cat([v.sizes, newline[: len(e) - v.num_tokens]]) for v, e in zip(merged, embeddings)]
         prompt = compact_prompt(inputs_embeds, video_mask, is_real, embeddings, num_slots, slots, sizes)

@@ -8,7 +8,9 @@ import importlib
 from ..checkpoints.backbone import Backbone
 
 
-FOLDERS = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+# Of checkpoints that LLaVA's authors published, of LLaVA-OneVision and LLaVA-Video.
+ORIGINAL_TYPE = "llava_qwen"
+FOLDERS = ("llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 def backbones() -> dict[str, Backbone]:
@@ -63,6 +65,11 @@ def backbone_of(checkpoint: str, **kwargs) -> Backbone:
 
     model_type = PreTrainedConfig.get_config_dict(checkpoint, **kwargs)[0].get("model_type")
     known = backbones()
+    if model_type == ORIGINAL_TYPE:
+        raise ValueError(
+            f"{checkpoint} is as LLaVA's authors published it ({model_type!r}): write one that loads with "
+            f"`holitom-hf convert {checkpoint} FOLDER` first"
+        )
     if model_type not in known:
         ours = " or ".join(f"{backbone.model_type!r} checkpoint ({backbone.title})" for backbone in known.values())
         raise ValueError(f"HoliTom needs a {ours}; this one is {model_type!r}")

@@ -104,12 +104,17 @@ def answer(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    Console().print(_summary(result, has_newline=hasattr(answerer.model.model, "image_newline")))
+    newlines = ""
+    if hasattr(answerer.model.model, "image_newline"):
+        newlines = " (the newline after the video is one of them)"
+    if getattr(answerer.config, "newline_layout", None) == "grid":
+        newlines = " (newlines after rows are among them)"
+    Console().print(_summary(result, newlines))
     if model == BUNDLED_NAME:
         console.print(BUNDLED_ABOUT, style="dim")
 
 
-def _summary(result, has_newline: bool) -> Table:
+def _summary(result, newlines: str) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
@@ -122,8 +127,7 @@ def _summary(result, has_newline: bool) -> Table:
     tokens = f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder"
     if result.inner_merge_layer is not None:
         tokens += f" -> {result.visual_tokens_inner} from layer {result.inner_merge_layer} on"
-    note = " (the newline after the video is one of them)" if has_newline else ""
-    table.add_row("visual tokens", tokens + note)
+    table.add_row("visual tokens", tokens + newlines)
     table.add_row("prefill FLOPs", f"{result.flops_share:.1%} of the uncompressed decoder's (the paper's formula)")
     seconds = result.seconds
     table.add_row(
@@ -334,7 +338,12 @@ def serve(
 
 @app.command()
 def convert(
-    base: Annotated[str, typer.Argument(help="Folder or Hub repository of a LLaVA-OneVision model, or bundled.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub repository, in the format of transformers or of LLaVA's authors; or bundled."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     config_only: Annotated[
         bool,
