@@ -139,7 +139,7 @@ class MergingSettings:
     }
 
     # By layer of stage 3: the depth of the decoder it was chosen for (Qwen2 0.5B, 7B and 72B).
-    depth_of_layer: ClassVar[dict[int, int]] = {15: 24, 18: 28, 23: 36, 60: 80}
+    depth_of_layer: ClassVar[dict[int, int]] = {15: 24, 18: 28, 20: 32, 23: 36, 60: 80}
 
     def __new__(cls, *args, **values):
         cls.check_names(values)
