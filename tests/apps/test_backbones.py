@@ -76,6 +76,16 @@ def test_answer(folder, clips, expected):
     assert f"{answer['visual_tokens_before']} -> {answer['visual_tokens_outer']} before the decoder" in summary
 
 
+def test_answer_about_smaller_frames_at_a_rate(folder, clips, answerer):
+    options = ["--model", folder, "--fps", 1, "--max-pixels", 2048, "--max-new-tokens", 2, "--json"]
+    answer = json.loads(run("answer", clips[0], QUESTIONS[0], *options).stdout)
+    inputs = answerer.processor.video_processor(str(clips[0]), fps=1, max_pixels=2048, return_tensors="pt")
+    frames, height, width = inputs["video_grid_thw"][0].tolist()
+    assert answer["num_frames"] == 2 * frames
+    assert answer["visual_tokens_before"] == frames * height * width // 4
+    assert height * width * 16 <= 2048
+
+
 def test_a_prompt_that_does_not_fit_is_told_before_anything_is_computed(answerer, clips, monkeypatch):
     prepared = answerer.prepare(str(clips[0]), QUESTIONS[0], num_frames=6)
     prepared.features["input_ids"] = prepared.features["input_ids"][:, :-20]

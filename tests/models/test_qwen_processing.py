@@ -173,7 +173,6 @@ class TestSampling:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)  # newer ones have upstream's spelling
 class TestLimits:
     @pytest.mark.parametrize(
         "asked", [{"max_pixels": 512}, {"min_pixels": 40_000}, {"min_pixels": 64, "max_pixels": 900}]
@@ -193,7 +192,7 @@ class TestLimits:
         )
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         frames, height, width = ours["video_grid_thw"][0].tolist()
-        pixels = height * width * PATCH**2 * (2 * frames if family.name == "Qwen3VL" else 1)
+        pixels = height * width * PATCH**2 * (1 if family.name == "Qwen2_5_VL" else 2 * frames)
         assert asked.get("min_pixels", 0) <= pixels <= asked.get("max_pixels", 1e9)
         alone = processor.video_processor(clips[0], num_frames=4, **asked, return_tensors="pt")
         assert torch.equal(alone["pixel_values_videos"], theirs["pixel_values_videos"])
@@ -356,7 +355,9 @@ class TestCheckpoints:
             loaded = family.generation.from_pretrained(folder)
             loaded.save_pretrained(tmp_path / "light", config_only=True)
             folder = tmp_path / "light"
-            assert sum(file.stat().st_size for file in folder.iterdir()) < 220_000
+            # Experts and layers of linear attention are code of two kinds.
+            bound = 223_000 if family.name == "Qwen3_5Moe" else 220_000
+            assert sum(file.stat().st_size for file in folder.iterdir()) < bound
         assert_remote_code_answers(family, model, processor, clips[0], folder, tmp_path)
 
     def test_it_carries_no_other_backbone_and_no_other_tower(self, model, folder):

@@ -22,11 +22,9 @@ Preset = Annotated[str | None, typer.Option(help=PRESET_HELP)]
 RetentionRatio = Annotated[float | None, typer.Option(help="Share of visual tokens to keep, 0 < R <= 1.")]
 Frames = Annotated[int | None, typer.Option(help="Frames to take; default: at most what the model's processor says.")]
 Fps = Annotated[float | None, typer.Option(help="Frames to take for each second, in place of --frames.")]
-MinPixels = Annotated[
-    int | None, typer.Option(min=1, help="Qwen2.5-VL and Qwen3-VL: fewest pixels, of what --max-pixels says.")
-]
+MinPixels = Annotated[int | None, typer.Option(min=1, help="Qwen-VL: fewest pixels, of what --max-pixels says.")]
 MaxPixels = Annotated[
-    int | None, typer.Option(min=1, help="Qwen2.5-VL: most pixels of a frame; Qwen3-VL: of all frames together.")
+    int | None, typer.Option(min=1, help="Qwen2.5-VL: most pixels of a frame; later ones: of all frames together.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the layers.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

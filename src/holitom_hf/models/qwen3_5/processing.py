@@ -3,18 +3,20 @@
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
 from ..processing import HoliTomProcessorMixin
-from ..qwen_vl.processing import TimedVideoProcessorMixin
+from ..qwen_vl.limits import QwenVideoProcessorMixin
+from ..qwen_vl.processing import TimedVideoProcessorMixin, TimedVideosKwargs
 from .backbone import BACKBONE
 
 
-class HoliTomQwen3_5VideoProcessor(TimedVideoProcessorMixin, Qwen3VLVideoProcessor):
+class HoliTomQwen3_5VideoProcessor(QwenVideoProcessorMixin, TimedVideoProcessorMixin, Qwen3VLVideoProcessor):
     """
     `Qwen3VLVideoProcessor` that decodes with PyAV: as upstream `fps` frames per second, by default 2 of them, between
-    `min_frames` and `max_frames`; or `num_frames`, which upstream takes beside `fps=None` only. `size` bounds frames
-    times height times width of a video.
+    `min_frames` and `max_frames`; or `num_frames`, which upstream takes beside `fps=None` only. `min_pixels` and
+    `max_pixels`, upstream's `size`, bound frames times height times width of a video.
     """
 
     backbone = BACKBONE
+    valid_kwargs = TimedVideosKwargs
 
 
 class HoliTomQwen3_5Processor(HoliTomProcessorMixin, Qwen3VLProcessor):

@@ -4,20 +4,8 @@ from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
 from ..processing import HoliTomProcessorMixin
 from ..qwen_vl.limits import QwenVideoProcessorMixin
-from ..qwen_vl.processing import TimedVideoProcessorMixin
+from ..qwen_vl.processing import TimedVideoProcessorMixin, TimedVideosKwargs
 from .backbone import BACKBONE
-
-
-class HoliTomQwen3VLVideosKwargs(Qwen3VLVideoProcessor.valid_kwargs, total=False):
-    """
-    min_pixels (`int`, *optional*):
-        The fewest pixels of a video, all frames together.
-    max_pixels (`int`, *optional*):
-        The most pixels of a video, all frames together.
-    """
-
-    min_pixels: int
-    max_pixels: int
 
 
 class HoliTomQwen3VLVideoProcessor(QwenVideoProcessorMixin, TimedVideoProcessorMixin, Qwen3VLVideoProcessor):
@@ -28,7 +16,7 @@ class HoliTomQwen3VLVideoProcessor(QwenVideoProcessorMixin, TimedVideoProcessorM
     """
 
     backbone = BACKBONE
-    valid_kwargs = HoliTomQwen3VLVideosKwargs
+    valid_kwargs = TimedVideosKwargs
 
 
 class HoliTomQwen3VLProcessor(HoliTomProcessorMixin, Qwen3VLProcessor):

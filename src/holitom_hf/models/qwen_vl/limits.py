@@ -1,4 +1,4 @@
-"""Limits of frames and sizes, which the video processors of Qwen2.5-VL and Qwen3-VL spell alike in every call."""
+"""Limits of frames and sizes, which the video processors of the Qwen-VL families spell alike in every call."""
 
 import copy
 

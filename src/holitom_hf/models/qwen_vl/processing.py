@@ -7,6 +7,18 @@ from transformers.video_utils import VideoMetadata
 from ..processing import HoliTomVideoProcessorMixin
 
 
+class TimedVideosKwargs(Qwen3VLVideoProcessor.valid_kwargs, total=False):
+    """
+    min_pixels (`int`, *optional*):
+        The fewest pixels of a video, all frames together.
+    max_pixels (`int`, *optional*):
+        The most pixels of a video, all frames together.
+    """
+
+    min_pixels: int
+    max_pixels: int
+
+
 class TimedVideoProcessorMixin(HoliTomVideoProcessorMixin):
     """
     For the video processor of a backbone whose prompts tell the times of frames, before `Qwen3VLVideoProcessor`, which
