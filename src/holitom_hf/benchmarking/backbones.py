@@ -170,9 +170,9 @@ class QwenVL(MeasuredBackbone):
 
     def importance(self, model, media: dict[str, torch.Tensor]) -> Callable[[], object]:
         """Overrides MeasuredBackbone.importance: of the tower's last block."""
-        tower, last = self.tower(model), self.config.vision_config.depth - 1
+        tower = self.tower(model)
         encoded = model.get_video_features(
-            **media, output_hidden_states=[last], holitom_config=NO_STAGES, return_dict=True
+            **media, output_hidden_states=True, holitom_config=NO_STAGES, return_dict=True
         )
         hidden_states = encoded.hidden_states[-2]
         return lambda: block_importance(tower, hidden_states, media["video_grid_thw"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+from transformers.utils import output_capturing
 from transformers.utils.generic import can_return_tuple
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -16,6 +17,8 @@ from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frame
 from ..vision_importance import received_attention
 
 
+# In transformers 5.21 lists of hidden states are counted from the first block's output on, not its input.
+FIRST_BLOCK = 1 if hasattr(output_capturing, "selected_hidden_states") else 2
 encode_changes = of_package("models.qwen_vl.reuse", "encode_changes", "is what vision_reuse_layer needs")
 
 
@@ -167,7 +170,7 @@ class QwenVisionMixin:
         wanted = kwargs.pop("output_hidden_states", None)
         asked = wanted
         if settings.needs_importance and wanted is not True:
-            last = len(self.visual.blocks) - 1  # its input; the last but one, also where all of them are returned
+            last = len(self.visual.blocks) - FIRST_BLOCK  # its input, and the last but one that is returned
             asked = [*(wanted if isinstance(wanted, list | tuple) else [wanted] if wanted else []), last]
         outputs, importance, keys = [], [], []
         for chunk, part in zip(chunks_on_device(pixel_values_videos, sizes, self.visual.device), parts):
