@@ -83,6 +83,7 @@ ONEVISION_7B = {
     "vision_tower_pretrained": None,
     "vocab_size": 152064,
 }
+# As it is remembered, like the one above: neither was compared with the Hub.
 VIDEO_7B = ONEVISION_7B | {
     "add_faster_video": False,
     "add_time_instruction": True,
