@@ -14,7 +14,7 @@ from ...bundled import model_name
 from ...presets import preset_files
 
 
-MODEL_HELP = "Folder or Hub repository of a LLaVA-OneVision model, or bundled: a small one for drawn clips."
+MODEL_HELP = "Folder or Hub repository of a model of any supported family, or bundled: a small one for drawn clips."
 PRESET_HELP = f"Settings in place of the model's: a JSON file of them, or one of {', '.join(sorted(preset_files()))}."
 # Options that several commands have.
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
