@@ -5,6 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from holitom_hf import HoliTomConfig
+from holitom_hf.apps.command_line import measuring as measuring_commands
 from holitom_hf.apps.command_line.app import app
 from holitom_hf.benchmarking import model_benchmark
 from holitom_hf.benchmarking.architectures import architecture
@@ -328,3 +329,10 @@ def test_the_floor_is_the_work_that_cannot_be_left_out():
     # 50 static tokens over 4 frames are read again; what is kept is read and written.
     moved = 4 * (4 * 100 + 50 * 4 + 2 * result.num_tokens) * 64
     assert result.floor["stages 1+2"] == pytest.approx(moved / 1e10, rel=0.05)
+
+
+def test_bench_offers_what_it_measures():
+    offered = (*measuring_commands.SIZES, *measuring_commands.MEASURED_QWEN_SIZES)
+    assert {architecture(name).model_type for name in offered} == set(MEASURED)
+    others = set(measuring_commands.QWEN_SIZES) - set(offered)
+    assert not {architecture(name).model_type for name in others} & set(MEASURED)
