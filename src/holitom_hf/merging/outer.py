@@ -5,10 +5,14 @@ from dataclasses import replace
 import torch
 
 from .merged_video import MergedVideo, take_tokens
+from .package import of_package
 from .registry import METHODS
 from .representatives import with_representatives
 from .settings import MergingSettings
 from .video_tokens import VideoTokens
+
+
+with_exact_budget = of_package("merging.budget", "with_exact_budget", "is what exact_budget needs")
 
 
 def merge_tokens(video: VideoTokens, config: MergingSettings) -> MergedVideo:
@@ -23,7 +27,10 @@ def merge_tokens(video: VideoTokens, config: MergingSettings) -> MergedVideo:
         everything = torch.arange(video.num_frames * video.tokens_per_frame, device=video.features.device)
         merged = take_tokens(video, everything, 1.0)
     else:
-        merged = METHODS[config.outer_method].merge(video, config)
+        given = replace(video, newline=None) if config.exact_budget else video
+        merged = METHODS[config.outer_method].merge(given, config)
+        if config.exact_budget:
+            merged = with_exact_budget(merged, video, config)
     return with_representatives(merged, video.features) if config.proportional_attention else merged
 
 

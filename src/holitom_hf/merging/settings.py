@@ -74,6 +74,8 @@ class MergingSettings:
             on behind all of it.
         proportional_attention: Whether a token that stands for n of the uncompressed ones has log n added to its
             attention scores in every decoder layer (ToMe, arXiv 2210.09461, section 3).
+        exact_budget: Whether stages 1 and 2 leave as many tokens as the sizes say, whatever the video shows: the least
+            important go, or the most important dropped ones come back.
         min_frame_tokens: Tokens below which a frame is rather left out than shown, of methods that know how.
         importance_weight: Exponent of the importance that distances are weighted with, of methods that choose by
             distance; 0: importance does not matter.
@@ -106,6 +108,7 @@ class MergingSettings:
     newline_position: str = "end"
     position_ids: str = "packed"
     proportional_attention: bool = False
+    exact_budget: bool = False
     min_frame_tokens: int = 4
     importance_weight: float = 0.0
     vision_method: str = REUSE
@@ -129,6 +132,7 @@ class MergingSettings:
         "newline_position": lambda *field: check_choice(*field, ("end", "row")),
         "position_ids": lambda *field: check_choice(*field, ("packed", "kept")),
         "proportional_attention": check_boolean,
+        "exact_budget": check_boolean,
         "min_frame_tokens": lambda *field: check_integer(*field, minimum=1, is_optional=False),
         "importance_weight": lambda *field: check_number(*field, "with w >= 0", lambda value: value >= 0),
         "vision_method": lambda *field: check_choice(*field, VISION_METHODS),
