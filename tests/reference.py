@@ -86,8 +86,7 @@ def plain_merge(features: torch.Tensor, importance: torch.Tensor, config, newlin
     segments, gain = plain_segments(similarity, config.similarity_threshold, config.max_segment_frames)
     total = num_frames * num_tokens
     ratio = min(config.retention_ratio / ((total - gain) / total), 1)
-    frames = {f: [] for f in range(num_frames)}
-    outputs = []
+    outputs = []  # (embedding, frame, position, members, is static)
     for start, stop in segments:
         is_static = [
             stop - start > 1 and bool((similarity[start : stop - 1, t] > config.similarity_threshold).all())
@@ -106,34 +105,70 @@ def plain_merge(features: torch.Tensor, importance: torch.Tensor, config, newlin
                 {(f, t) for f in range(start, stop) for t, of in zip(static, cluster) if of == i}
                 for i in range(num_clusters)
             ]
-            in_segment += [(merged[i], start, static[c], members[i]) for i, c in enumerate(centers)]
+            in_segment += [(merged[i], start, static[c], members[i], True) for i, c in enumerate(centers)]
         for f in range(start, stop):
             kept = math.ceil(len(dynamic) * ratio)
             num_dominant = round(kept * (1 - config.contextual_ratio))
             by_importance = sorted(dynamic, key=lambda t: (-float(importance[f, t]), t))
             dominant = sorted(by_importance[:num_dominant])
-            in_segment += [(features[f, t], f, t, {(f, t)}) for t in dominant]
+            in_segment += [(features[f, t], f, t, {(f, t)}, False) for t in dominant]
             if kept > num_dominant:
                 others = [t for t in dynamic if t not in dominant]
                 merged, centers, cluster = plain_clusters(
                     features[f, others], kept - num_dominant, config.cluster_neighbors, config.cluster_center_weight
                 )
                 members = [{(f, t) for t, of in zip(others, cluster) if of == i} for i in range(len(centers))]
-                in_segment += [(merged[i], f, others[c], members[i]) for i, c in enumerate(centers)]
+                in_segment += [(merged[i], f, others[c], members[i], False) for i, c in enumerate(centers)]
         outputs += in_segment
-        for token in in_segment:
-            frames[token[1]].append(token)
+    if config.exact_budget:
+        outputs = plain_budget(outputs, features, importance, config.retention_ratio)
     if config.newline_position == "row":
         width = math.isqrt(num_tokens)
+        rows = {(f, row): [] for f in range(num_frames) for row in range(width)}
+        for token in outputs:
+            rows[token[1], token[2] // width].append(token)
+        num_empty = min(len(outputs), len(rows)) - sum(map(bool, rows.values())) if config.exact_budget else 0
         outputs = []
-        for f in range(num_frames):
-            for row in range(width):
-                tokens = sorted((t for t in frames[f] if t[2] // width == row), key=lambda t: t[2])
-                outputs += tokens
-                if tokens:
-                    outputs.append((newline, f, row * width + width - 1, {()}))
+        for (f, row), tokens in rows.items():
+            outputs += sorted(tokens, key=lambda token: token[2])
+            num_empty -= not tokens
+            if tokens or num_empty >= 0:
+                outputs.append((newline, f, row * width + width - 1, {()}, False))
     embeddings = torch.stack([features[0, 0], *(token[0].to(features.dtype) for token in outputs)])[1:]
     return embeddings, [token[1:3] for token in outputs], plain_sizes(features, embeddings, [o[3] for o in outputs])
+
+
+def plain_budget(outputs: list[tuple], features: torch.Tensor, importance: torch.Tensor, ratio: float) -> list[tuple]:
+    """
+    `exact_budget`: the least important output goes, or the most important dropped token comes back, until the number
+    is right; where none is left that was dropped, of those that were merged into others the next of an even spread.
+
+    `outputs` and what is returned are (embedding, frame, position, members, whether it is static), in order.
+    """
+    num_frames, num_tokens = importance.shape
+    outputs, budget = list(outputs), max(1, round(num_frames * num_tokens * ratio))
+    while len(outputs) > budget:
+        least = min(float(importance[f, t]) for _, f, t, *_ in outputs)
+        del outputs[max(i for i, (_, f, t, *_) in enumerate(outputs) if float(importance[f, t]) == least)]
+    while len(outputs) < budget:
+        merged = set().union(*(members for *_, members, _ in outputs))
+        taken = {(f, t) for _, f, t, *_ in outputs}
+        others = [(f, t) for f in range(num_frames) for t in range(num_tokens) if (f, t) not in taken]
+        dropped = [place for place in others if place not in merged]
+        if dropped:
+            frame, position = max(dropped, key=lambda place: float(importance[place]))
+        else:  # multiples of 2^32 / the golden ratio, modulo 2^32
+            frame, position = min(others, key=lambda place: (place[0] * num_tokens + place[1]) * 2654435769 % 2**32)
+        for *_, members, _ in outputs:
+            members.discard((frame, position))
+        behind = [
+            i
+            for i, (_, f, t, _, is_static) in enumerate(outputs)
+            if f > frame or (f == frame and not is_static and t > position)
+        ]
+        back = (features[frame, position], frame, position, {(frame, position)}, False)
+        outputs.insert(min(behind, default=len(outputs)), back)
+    return outputs
 
 
 def plain_sizes(features: torch.Tensor, embeddings: torch.Tensor, members: list[set]) -> list[int]:

@@ -27,6 +27,7 @@ DEFAULTS = {
     "newline_position": "end",
     "position_ids": "packed",
     "proportional_attention": False,
+    "exact_budget": False,
     "min_frame_tokens": 4,
     "importance_weight": 0.0,
     "vision_method": "reuse",
@@ -69,6 +70,7 @@ WRONG_TYPE = [
     ("cluster_neighbors", None, "an integer >= 1"),
     ("inner_merge_layer", "18", "an integer >= 1 or None"),
     ("proportional_attention", 1, "True or False"),
+    ("exact_budget", 0, "True or False"),
     ("base_model_name_or_path", 7, "a non-empty string or None"),
 ]
 

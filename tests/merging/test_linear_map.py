@@ -35,9 +35,11 @@ CASES = [
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("newline_position", ["end", "row"])
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_applied_to_what_was_merged_it_gives_the_embeddings(method, newline_position, case):
+@pytest.mark.parametrize("exact", [False, True])
+def test_applied_to_what_was_merged_it_gives_the_embeddings(method, newline_position, case, exact):
     features, importance, keys, newline = draw(seed=case)
-    settings = MergingSettings(outer_method=method, newline_position=newline_position, **CASES[case])
+    fields = CASES[case] | {"newline_position": newline_position, "exact_budget": exact}
+    settings = MergingSettings(outer_method=method, **fields)
     merged = merge_video_tokens(features, importance, settings, newline, keys)
     assert 0 < merged.num_tokens < merged.num_input_tokens
     torch.testing.assert_close(merged.apply(features, newline), merged.embeddings, atol=2e-5, rtol=1e-5)
@@ -68,9 +70,11 @@ def test_it_holds_for_grids_that_are_not_square(method, grid):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_applied_to_one_hot_maps_it_shows_the_weights(method):
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("case", [0, 2])
+def test_applied_to_one_hot_maps_it_shows_the_weights(method, case, exact):
     features, importance, keys, _ = draw(seed=2)
-    settings = MergingSettings(outer_method=method, **CASES[0])
+    settings = MergingSettings(outer_method=method, exact_budget=exact, **CASES[case])
     merged = merge_video_tokens(features, importance, settings, keys=keys)
     total = merged.num_input_tokens
     matrix = merged.apply(torch.eye(total).view(FRAMES, -1, total))  # (N, F*T)
@@ -81,7 +85,8 @@ def test_applied_to_one_hot_maps_it_shows_the_weights(method):
     assert (weight[~kept] == 0).all()
     torch.testing.assert_close(matrix[named[kept], kept.nonzero()[:, 0]], weight[kept])
     if method != "average_pooling":  # whose areas overlap
-        assert ((matrix != 0).sum(0) <= 1).all()
+        # What stands for itself again also stays in what it was merged into.
+        assert ((matrix != 0).sum(0) <= (2 if exact else 1)).all()
     if method != "visionzip":  # which adds what a token absorbs
         torch.testing.assert_close(matrix.sum(1), torch.ones(merged.num_tokens))
 
@@ -114,9 +119,11 @@ def test_gradients_reach_what_it_is_applied_to_and_its_dtype_is_kept():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_another_order_is_the_same_merge(method):
+@pytest.mark.parametrize("exact", [False, True])
+def test_another_order_is_the_same_merge(method, exact):
     features, importance, keys, _ = draw(seed=6)
-    merged = merge_video_tokens(features, importance, MergingSettings(outer_method=method, **CASES[0]), keys=keys)
+    settings = MergingSettings(outer_method=method, exact_budget=exact, **CASES[0])
+    merged = merge_video_tokens(features, importance, settings, keys=keys)
     order = torch.randperm(merged.num_tokens, generator=torch.Generator().manual_seed(0))
     shuffled = merged.in_order_of(order)
     assert torch.equal(shuffled.embeddings, merged.embeddings[order])
@@ -127,11 +134,14 @@ def test_another_order_is_the_same_merge(method):
         assert after == (-1 if before < 0 else int((order == before).nonzero()))
 
 
-def test_tokens_stand_at_places_of_their_own():
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("case", [1, 2])
+def test_tokens_stand_at_places_of_their_own(case, exact):
     """What lets a token take the placeholder and the position of the place it stands for."""
     features, importance, keys, _ = draw(seed=7)
     for method in METHODS:
-        merged = merge_video_tokens(features, importance, MergingSettings(outer_method=method, **CASES[1]), keys=keys)
+        settings = MergingSettings(outer_method=method, exact_budget=exact, **CASES[case])
+        merged = merge_video_tokens(features, importance, settings, keys=keys)
         assert len(merged.place.unique()) == merged.num_tokens
         named = merged.assignment.flatten()[merged.place]
         if method not in ("holitom", "fixed_windows"):

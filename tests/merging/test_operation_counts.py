@@ -1,5 +1,7 @@
 """What is not timed but kept: how much the stages ask of a device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,15 +36,23 @@ def count_merging(num_frames: int, settings=SETTINGS, dim: int = 16):
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("settings", [SETTINGS, HoliTomConfig(similarity_threshold=0.65, contextual_ratio=0.3)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        HoliTomConfig(similarity_threshold=0.65, contextual_ratio=0.3),
+        HoliTomConfig(retention_ratio=0.6, similarity_threshold=0.65, exact_budget=True),
+    ],
+)
 def test_merging_launches_as_much_for_many_frames_and_segments_as_for_few(settings):
     few, many = count_merging(16, settings), count_merging(128, settings)  # 2 and 16 segments
     assert many.by_name == few.by_name
-    assert many.launches <= (295 if settings.contextual_ratio else 180)
+    assert many.launches <= (295 if settings.contextual_ratio else 265 if settings.exact_budget else 180)
 
 
 @pytest.mark.parametrize("num_frames", [1, 8, 64])
-def test_merging_waits_for_the_device_only_for_the_table_of_counts(num_frames, monkeypatch):
+@pytest.mark.parametrize("exact_budget", [False, True])
+def test_merging_waits_for_the_device_only_for_the_table_of_counts(num_frames, exact_budget, monkeypatch):
     transfers, made = [], []
     cpu, tensor = torch.Tensor.cpu, torch.tensor
 
@@ -56,7 +66,7 @@ def test_merging_waits_for_the_device_only_for_the_table_of_counts(num_frames, m
 
     monkeypatch.setattr(torch.Tensor, "cpu", spy_cpu)
     monkeypatch.setattr(torch, "tensor", spy_tensor)  # with a device it would wait
-    assert count_merging(num_frames).waits == 0
+    assert count_merging(num_frames, replace(SETTINGS, exact_budget=exact_budget)).waits == 0
     assert [shape for shape in transfers if shape != ()] == [(num_frames - 1, num_frames)] * len(transfers)
     assert 1 <= len(transfers) <= 2  # the second, in `choose_segments`, is already there
     assert set(made) <= {None}

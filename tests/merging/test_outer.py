@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,9 @@ CONFIGS = st.builds(
 
 
 @settings(deadline=None)
-@given(SIZES, CONFIGS, st.integers(0, 10), st.sampled_from([0.0, 0.6, 1.0]))
-def test_the_tokens_are_those_of_the_plain_loop(size, config, seed, still):
+@given(SIZES, CONFIGS, st.booleans(), st.integers(0, 10), st.sampled_from([0.0, 0.6, 1.0]))
+def test_the_tokens_are_those_of_the_plain_loop(size, config, exact, seed, still):
+    config = replace(config, exact_budget=exact)
     features, importance = make_features(*size, seed, still)
     merged = merge_video_tokens(features, importance, config)
     embeddings, places, _ = plain_merge(features, importance, config)
@@ -94,9 +96,9 @@ def test_the_tokens_are_those_of_the_plain_loop(size, config, seed, still):
 
 
 @settings(deadline=None)
-@given(CONFIGS, st.integers(0, 10), st.sampled_from([1, 9, 16]))
-def test_newlines_stand_after_every_row_that_kept_a_token(config, seed, num_tokens):
-    config = HoliTomConfig(**config.to_dict() | {"newline_position": "row"})
+@given(CONFIGS, st.booleans(), st.integers(0, 10), st.sampled_from([1, 9, 16]))
+def test_newlines_stand_after_every_row_that_kept_a_token(config, exact, seed, num_tokens):
+    config = replace(config, newline_position="row", exact_budget=exact)
     features, importance = make_features(5, num_tokens, 8, seed)
     newline = torch.full((8,), 7.0)
     merged = merge_video_tokens(features, importance, config, newline)

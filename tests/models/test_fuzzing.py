@@ -88,6 +88,7 @@ CONFIGS = st.builds(
     inner_method=st.sampled_from(["merge", "merge", "prune", "none"]),
     position_ids=st.sampled_from(["packed", "packed", "kept"]),
     proportional_attention=st.booleans(),
+    exact_budget=st.booleans(),
 )
 
 

@@ -44,6 +44,10 @@ SETTINGS = {
     "places and sizes": replace(ON, position_ids="kept", proportional_attention=True),
     "nearly all, with sizes": replace(ON, retention_ratio=0.95, similarity_threshold=0.9, proportional_attention=True),
     "prune": replace(ON, inner_method="prune"),
+    "exact budget": replace(ON, exact_budget=True, retention_ratio=0.15),
+    "exact budget, places and sizes": replace(
+        ON, exact_budget=True, retention_ratio=0.95, position_ids="kept", proportional_attention=True
+    ),
 }
 
 

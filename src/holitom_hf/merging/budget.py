@@ -47,12 +47,12 @@ def with_exact_budget(merged: MergedVideo, video: VideoTokens, config: MergingSe
 
     - Too many: the least important outputs go, and what was merged into them is dropped with them.
     - Too few: of the inputs that were dropped the most important ones come back as they are, each among the tokens of
-      its frame. If all are back, those that were merged into others stand for themselves, too; what they were
-      merged into stays as it is.
+      its frame. Where all are back, some that were merged into others stand for themselves, too, spread evenly over
+      the video; what they were merged into stays as it is.
     - Of equally important ones the earlier stays, or comes back.
 
     An output has the importance of the place it stands at. Methods that look at no importance have none to go by:
-    places are taken that are spread evenly over the video.
+    places stay and come back that are spread evenly over the video.
 
     Args:
         merged: What a method left of the video, without newlines.
@@ -63,22 +63,26 @@ def with_exact_budget(merged: MergedVideo, video: VideoTokens, config: MergingSe
     num_frames, tokens_per_frame = merged.assignment.shape
     budget = token_budget(config, num_frames, tokens_per_frame)
     if merged.num_tokens != budget:
-        places = torch.arange(num_frames * tokens_per_frame, device=merged.frame.device)
-        if config.needs_importance:
-            importance = video.importance.detach().flatten().float()
+        even = even_order(num_frames * tokens_per_frame, merged.frame.device)
+        importance = video.importance.detach().flatten() if config.needs_importance else -even
+        if merged.num_tokens > budget:
+            merged = without_least(merged, importance, budget)
         else:
-            importance = -(places * GOLDEN_STEP % 2**32)
-        resize = without_least if merged.num_tokens > budget else with_most
-        merged = resize(merged, video.features, importance, budget)
+            merged = with_most(merged, video.features, importance, even, budget)
     return merged if video.newline is None else with_newlines(merged, video)
 
 
-def without_least(merged: MergedVideo, features: torch.Tensor, importance: torch.Tensor, budget: int) -> MergedVideo:
-    """The `budget` most important of a video's N > B outputs, by (F * T,) `importance`."""
-    device = features.device
+def even_order(num_places: int, device: torch.device) -> torch.Tensor:
+    """(N,) int64, all different: places whose numbers are the smallest, however many, are spread evenly over all."""
+    return torch.arange(num_places, device=device) * GOLDEN_STEP % 2**32
+
+
+def without_least(merged: MergedVideo, importance: torch.Tensor, budget: int) -> MergedVideo:
+    """The B most important of a video's N > B outputs, by (F * T,) `importance`."""
     chosen = importance[merged.place].argsort(descending=True, stable=True)[:budget].sort().values
-    number = torch.full((merged.num_tokens + 1,), -1, device=device)  # the last one answers for dropped tokens, -1
-    number[chosen] = torch.arange(budget, device=device)
+    # The last number answers for dropped tokens, -1.
+    number = torch.full((merged.num_tokens + 1,), -1, device=chosen.device)
+    number[chosen] = torch.arange(budget, device=chosen.device)
     contributions = merged.contributions
     if contributions is not None:
         inputs, outputs, weights = contributions
@@ -96,26 +100,28 @@ def without_least(merged: MergedVideo, features: torch.Tensor, importance: torch
     )
 
 
-def with_most(merged: MergedVideo, features: torch.Tensor, importance: torch.Tensor, budget: int) -> MergedVideo:
-    """A video's N < B outputs and the most important inputs beside them, by (F * T,) `importance`."""
+def with_most(
+    merged: MergedVideo, features: torch.Tensor, importance: torch.Tensor, even: torch.Tensor, budget: int
+) -> MergedVideo:
+    """A video's N < B outputs and B - N inputs: dropped ones by `importance`, others by `even`, both (F * T,)."""
     device, num_outputs, tokens_per_frame = features.device, merged.num_tokens, merged.assignment.shape[1]
     added = torch.arange(num_outputs, budget, device=device)
-    # Dropped ones first, then those that are merged into others; last what is an output's own place.
-    turn = (merged.assignment.flatten() >= 0).long().index_fill_(0, merged.place, 2)
-    order = importance.argsort(descending=True, stable=True)
-    back = order[turn[order].argsort(stable=True)][: len(added)].sort().values
-
     assigned = merged.assignment.flatten()
+    num_tokens = len(assigned)
+    turn = torch.empty_like(assigned)
+    turn[importance.argsort(descending=True, stable=True)] = torch.arange(num_tokens, device=device)
+    turn = torch.where(assigned < 0, turn, even + num_tokens).index_fill_(0, merged.place, 2**33)  # these never
+    back = turn.argsort()[: len(added)].sort().values
+
     inputs, outputs, weights = merged.contributions or (
-        torch.arange(len(assigned), device=device),
+        torch.arange(num_tokens, device=device),
         assigned,
         merged.weight.flatten(),
     )
-    weights = weights * (outputs >= 0)
     contributions = (
         torch.cat([inputs, back]),
         torch.cat([outputs.clamp_min(0), added]),
-        torch.cat([weights, weights.new_ones(len(added))]),
+        torch.cat([weights * (outputs >= 0), weights.new_ones(len(added))]),
     )
     frame = torch.cat([merged.frame, back // tokens_per_frame])
     position = torch.cat([merged.position, back % tokens_per_frame])
