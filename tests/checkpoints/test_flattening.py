@@ -201,3 +201,10 @@ def test_a_control_that_is_not_there_says_where_it_is(monkeypatch):
         ImportError, match=r"'merging.methods.regular_grid' is there to compare with.*pip install holitom-hf"
     ):
         merge_video_tokens(torch.randn(2, 4, 8), torch.rand(2, 4), settings)
+
+
+def test_an_exact_budget_says_where_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "holitom_hf.merging.budget", None)
+    settings = MergingSettings(exact_budget=True)
+    with pytest.raises(ImportError, match=r"'merging.budget' is what exact_budget needs.*pip install holitom-hf"):
+        merge_video_tokens(torch.randn(2, 4, 8), torch.rand(2, 4), settings)
