@@ -203,3 +203,10 @@ def test_architectures_have_the_sizes_of_their_names(name):
 def test_an_unknown_architecture_names_those_there_are():
     with pytest.raises(ValueError, match=r"no architecture '8b': choose one of 0\.5b, 7b, 72b, tiny"):
         architecture("8b")
+
+
+def test_with_an_exact_budget_the_plan_has_that_number():
+    settings = HoliTomConfig(retention_ratio=0.1)
+    sizes = [plan_video(replace(settings, exact_budget=exact), FRAMES, 196) for exact in (False, True)]
+    assert sizes[1].num_tokens == round(0.1 * FRAMES * 196) != sizes[0].num_tokens
+    assert sizes[0].num_clusters == sizes[1].num_clusters

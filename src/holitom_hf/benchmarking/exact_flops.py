@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..configuration import HoliTomConfig
+from ..merging.budget import token_budget
 from ..merging.flops import prefill_flops, tokens_by_layer
 from ..merging.inner import num_inner_kept
 from ..merging.products import segmentation_flops
@@ -122,7 +123,10 @@ def plan_video(
     ratio = min(settings.retention_ratio * total / (total - gain), 1)
     num_clusters = [round(n * ratio) for n in num_static]
     dynamic = sum(length * math.ceil((tokens_per_frame - n) * ratio) for n, length in zip(num_static, lengths))
-    return VideoPlan(sum(num_clusters) + dynamic, num_static, num_clusters)
+    num_tokens = sum(num_clusters) + dynamic
+    if settings.exact_budget:
+        num_tokens = token_budget(settings, num_frames, tokens_per_frame)
+    return VideoPlan(num_tokens, num_static, num_clusters)
 
 
 def forward_flops(
