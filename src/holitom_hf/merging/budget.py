@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from .merged_video import MergedVideo, TokenKind
+from .registry import METHODS
 from .settings import MergingSettings
 from .video_tokens import VideoTokens
 
@@ -39,6 +40,12 @@ def newline_budget(budget: int, num_frames: int, rows_per_frame: int) -> int:
         rows_per_frame: Rows of a frame's grid.
     """
     return min(budget, num_frames * rows_per_frame)
+
+
+def merge_exactly(video: VideoTokens, config: MergingSettings) -> MergedVideo:
+    """What the settings' method leaves of a video, [`with_exact_budget`]."""
+    merged = METHODS[config.outer_method].merge(replace(video, newline=None), config)
+    return with_exact_budget(merged, video, config)
 
 
 def with_exact_budget(merged: MergedVideo, video: VideoTokens, config: MergingSettings) -> MergedVideo:

@@ -12,7 +12,7 @@ from .settings import MergingSettings
 from .video_tokens import VideoTokens
 
 
-with_exact_budget = of_package("merging.budget", "with_exact_budget", "is what exact_budget needs")
+merge_exactly = of_package("merging.budget", "merge_exactly", "is what exact_budget needs")
 
 
 def merge_tokens(video: VideoTokens, config: MergingSettings) -> MergedVideo:
@@ -27,10 +27,8 @@ def merge_tokens(video: VideoTokens, config: MergingSettings) -> MergedVideo:
         everything = torch.arange(video.num_frames * video.tokens_per_frame, device=video.features.device)
         merged = take_tokens(video, everything, 1.0)
     else:
-        given = replace(video, newline=None) if config.exact_budget else video
-        merged = METHODS[config.outer_method].merge(given, config)
-        if config.exact_budget:
-            merged = with_exact_budget(merged, video, config)
+        merge = merge_exactly if config.exact_budget else METHODS[config.outer_method].merge
+        merged = merge(video, config)
     return with_representatives(merged, video.features) if config.proportional_attention else merged
 
 
