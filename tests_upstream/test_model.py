@@ -98,7 +98,7 @@ class TestOff(ModelChecks, unittest.TestCase):
 
 
 class TestAllStages(ModelChecks, unittest.TestCase):
-    """All three stages. Rows are of one length, since upstream compares those of a batch with others from their start on."""
+    """All three stages. Rows are of one length: upstream compares those of a batch from their start on."""
 
     def setUp(self):
         self.model_tester = VideoTester(HoliTomConfig(retention_ratio=0.3, inner_merge_layer=1, exact_budget=True))
