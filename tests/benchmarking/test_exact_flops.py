@@ -201,7 +201,7 @@ class TestLlavaVideo:
     )
     @pytest.mark.parametrize("inner", ["none", "merge"])
     def test_it_has_the_operations_that_torch_counts(self, game, method, is_exact, inner):
-        """With the newlines of the rows that a video turned out to have; HoliTom multiplies frames with others, too."""
+        """With as many newlines as the video turned out to have; HoliTom multiplies frames with others, too."""
         model, num_text = game.models["holitom"], game.input_ids.shape[1] - self.FRAMES * 13 * 14
         settings = replace(model.config.holitom_config, outer_method=method, inner_method=inner)
         if method != "holitom":

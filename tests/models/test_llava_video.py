@@ -31,7 +31,7 @@ from ..checkpoints import test_checkpoint
 from ..conftest import IDENTITY, make_prompt, pad_batch
 from ..reference import PlainGenerator, PlainVideo
 from ..videos import write_video
-from .llava_video import LAYOUTS, ON, SIDE, VALUES, PlainLlavaVideo, prompt, small_model, small_processor, video
+from .llava_video import LAYOUTS, ON, SIDE, VALUES, PlainLlavaVideo, prompt, save, small_model, small_processor, video
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -345,12 +345,8 @@ class TestCheckpoints:
 
     def test_the_command_line_answers(self, tmp_path):
         """A clip of 4 seconds, a frame a second."""
-        processor, folder = small_processor(), tmp_path / "model"
-        tokens = {"image_token_index": processor.image_token_id, "video_token_index": processor.video_token_id}
-        text = VALUES["text_config"] | {"vocab_size": len(processor.tokenizer)}
-        config = HoliTomLlavaVideoConfig(**VALUES | tokens | {"text_config": text}, holitom_config=ON)
-        HoliTomLlavaVideoForConditionalGeneration(config).save_pretrained(folder)
-        processor.save_pretrained(folder)
+        folder = tmp_path / "model"
+        save(folder)
         clip = write_video(tmp_path / "clip.mp4", num_frames=100)
         runner = CliRunner(env={"COLUMNS": "200"})
         options = ["--model", str(folder), "--max-new-tokens", "3", "--json"]

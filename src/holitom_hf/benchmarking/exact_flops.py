@@ -9,6 +9,7 @@ attention nor the gate of the MLP, and leaves out what stands before the decoder
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 
@@ -139,9 +140,8 @@ def plan_video(
 
     if settings.outer_method != "holitom":
         num_tokens = round(settings.retention_ratio * total)
-        kept = [
-            num_tokens * (frame + 1) // num_frames - num_tokens * frame // num_frames for frame in range(num_frames)
-        ]
+        ends = [num_tokens * frame // num_frames for frame in range(num_frames + 1)]
+        kept = [stop - start for start, stop in pairwise(ends)]
         return VideoPlan(num_tokens, [], [], newlines(kept))
     lengths = [min(scene_frames, num_frames - start) for start in range(0, num_frames, scene_frames)]
     num_static = [round(static_share * tokens_per_frame) if length > 1 else 0 for length in lengths]
@@ -252,8 +252,8 @@ def compare_flops(
         static_share: As in [`plan_video`], over scenes of 8 frames.
 
     Returns:
-        Exact without, exact with (but for newlines of rows, which [`plan_video`] estimates), and both by the paper's formula: the decoder's, for the video's tokens alone, of
-        which exactly the share that is asked for is left.
+        Exact without, exact with (but for newlines of rows, which [`plan_video`] estimates), and both by the paper's
+        formula: the decoder's, for the video's tokens alone, of which exactly the share that is asked for is left.
     """
     settings, text = config.holitom_config, config.text_config
     nothing = HoliTomConfig(outer_method="none", inner_method="none")
