@@ -1,6 +1,7 @@
 """Small LLaVA-Videos, prompts for them, and the model once more as plain operations over upstream's weights."""
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ class PlainLlavaVideo(PlainModel):
 
     def pooled(self, patches: torch.Tensor) -> torch.Tensor:
         """(F, P, D) -> (F, T, D)."""
-        side = SIDE // PATCH
+        side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).reshape(len(patches), -1, side, side)
         if self.mode == "bilinear":
             grid = F.interpolate(grid, size=(-(-side // 2),) * 2, mode="bilinear")
