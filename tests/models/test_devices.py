@@ -11,8 +11,6 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 
 from holitom_hf.merging.vision_methods import VISION_METHODS
 
-from ..conftest import make_video
-
 
 @pytest.fixture(scope="module")
 def checkpoint(subject, tmp_path_factory):
