@@ -1,6 +1,7 @@
 """LLaVA-Video against plain operations over upstream's weights: as its authors run it, and compressed."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -357,6 +358,14 @@ class TestCheckpoints:
         assert answer["visual_tokens_inner"] < answer["visual_tokens_outer"] < 48
         summary = runner.invoke(app, ["answer", str(clip), "What?", *options[:-1]])
         assert "(newlines after rows are among them)" in summary.stdout
+        drawn = runner.invoke(app, ["visualize", str(clip), "-o", str(tmp_path / "a.png"), "--model", str(folder)])
+        kept, left = map(int, re.search(r": 36 tokens of 4 frames .*, (\d+) kept, (\d+) left", drawn.stdout).groups())
+        processor, loaded = small_processor(), HoliTomLlavaVideoForConditionalGeneration.from_pretrained(folder).eval()
+        inputs = processor(text="<video>", videos=str(clip), return_tensors="pt")
+        with torch.no_grad():
+            [[merged]] = loaded(**inputs).merged_videos
+        assert kept == int((merged.kind < 2).sum()) == answer["visual_tokens_outer"] - int((merged.kind == 2).sum())
+        assert left <= answer["visual_tokens_inner"]
 
     def test_without_weights_of_its_own(self, model, folder, tmp_path, inputs):
         loaded = HoliTomLlavaVideoForConditionalGeneration.from_pretrained(folder)
