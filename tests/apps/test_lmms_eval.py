@@ -11,6 +11,9 @@ from holitom_hf.answering.answerer import Answerer
 from holitom_hf.bundled.questions import read_set, write_set
 from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
 
+from ..models import llava_video
+from ..videos import write_video
+
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'holitom-hf[lmms-eval]'")
 
@@ -148,4 +151,49 @@ def test_a_wrong_argument_is_named(arguments, message):
     from holitom_hf.apps.lmms_eval import HoliTomLmms
 
     with pytest.raises((ValueError, OSError), match=message):
+        HoliTomLmms.create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_llava_video_is_asked_as_its_authors_do(task, tmp_path, is_told):
+    """64 frames, one a second, the authors' conversation, and not told of times unless that is asked for."""
+    from lmms_eval.api.instance import Instance
+
+    from holitom_hf.apps.lmms_eval import HoliTomLmms
+
+    llava_video.save(tmp_path / "model", is_told=True)
+    clips = [write_video(tmp_path / f"{seconds}.mp4", num_frames=25 * seconds) for seconds in (3, 66)]
+    arguments = f"pretrained={tmp_path / 'model'}" + ",add_time_instruction=True" * is_told
+    model = HoliTomLmms.create_from_arg_string(arguments, {"batch_size": 2, "device": "cpu"})
+    model.task_dict = {"drawn": {"test": [{"video": str(clip)} for clip in clips]}}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    requests = [
+        Instance(
+            request_type="generate_until",
+            arguments=("What?", options, lambda doc: [doc["video"]], number, "drawn", "test"),
+            idx=0,
+            metadata={"task": "drawn", "doc_id": number, "repeats": 1},
+        )
+        for number in range(2)
+    ]
+    found = model.generate_until(requests)
+    answerer = Answerer(str(tmp_path / "model"), device="cpu")
+    answerer.load_model()
+    for clip, num_frames, answer in zip(clips, (3, 64), found):
+        text = (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<video>\nWhat?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        inputs = answerer.processor(text=text, videos=str(clip), add_time_instruction=is_told, return_tensors="pt")
+        assert len(inputs["pixel_values_videos"][0]) == num_frames
+        sequences = answerer.model.generate(**inputs, **options)
+        alone = answerer.processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == alone.strip()
+
+
+def test_others_are_not_told_of_times(task):
+    from holitom_hf.apps.lmms_eval import HoliTomLmms
+
+    arguments = f"pretrained={task / 'model'},add_time_instruction=True"
+    with pytest.raises(ValueError, match="add_time_instruction is LLaVA-Video's, not LLaVA-OneVision's"):
         HoliTomLmms.create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})

@@ -11,20 +11,22 @@ from holitom_hf import HoliTomConfig
 from holitom_hf.benchmarking.architectures import ARCHITECTURES, architecture, qwen_architecture
 from holitom_hf.benchmarking.exact_flops import (
     clustering_flops,
+    compare_flops,
     forward_flops,
     inner_merging_flops,
+    plan_of,
     plan_video,
     segmentation_flops,
 )
 from holitom_hf.benchmarking.models import contest
 from holitom_hf.benchmarking.synthetic import synthetic_features
-from holitom_hf.merging import METHODS
+from holitom_hf.merging import METHODS, merge_video_tokens
 from holitom_hf.merging.flops import prefill_flops, tokens_by_layer
 from holitom_hf.merging.inner import fold_tokens, most_similar
 from holitom_hf.merging.segmentation import compare_by_products
 from holitom_hf.merging.spatial import cluster_tokens
 from holitom_hf.merging.video_tokens import VideoTokens
-from holitom_hf.models.operations import importance_flops
+from holitom_hf.models.operations import decoder_flops, importance_flops
 from holitom_hf.models.registry import backbone_class
 from holitom_hf.models.vision_importance import vision_importance
 
@@ -181,6 +183,74 @@ def test_qwens_have_the_operations_that_torch_counts(family, method):
         assert total == expected.total
     with pytest.raises(ValueError, match="multiples of 8"):
         forward_flops(model.config, num_frames, 9, plan, settings, size=(80, 100))
+
+
+class TestLlavaVideo:
+    """27 patches along a side, 13 tokens, a newline after each row that has a token."""
+
+    FRAMES = 6
+
+    @pytest.fixture(scope="class")
+    def game(self):
+        settings = HoliTomConfig(retention_ratio=0.1, similarity_threshold=0.65, inner_merge_layer=5)
+        return contest(architecture("llava-video-small", settings), self.FRAMES, 1, torch.device("cpu"), torch.float32)
+
+    @pytest.mark.parametrize(
+        ("method", "is_exact"),
+        [("none", True), ("farthest_points", True), ("visionzip", True), ("random_tokens", True), ("holitom", False)],
+    )
+    @pytest.mark.parametrize("inner", ["none", "merge"])
+    def test_it_has_the_operations_that_torch_counts(self, game, method, is_exact, inner):
+        """With as many newlines as the video turned out to have; HoliTom multiplies frames with others, too."""
+        model, num_text = game.models["holitom"], game.input_ids.shape[1] - self.FRAMES * 13 * 14
+        settings = replace(model.config.holitom_config, outer_method=method, inner_method=inner)
+        if method != "holitom":
+            settings = replace(settings, similarity_threshold=1.0)  # else stage 1's products are theirs, too
+        outputs = []
+        total = counted(lambda: outputs.append(model(**game.inputs(), logits_to_keep=1, holitom_config=settings)))
+        merged = outputs[0].merged_videos
+        plan = plan_video(settings, self.FRAMES, 169) if method == "none" else plan_of(merged[0][0])
+        rows = self.FRAMES * 13
+        if method == "none":
+            assert (plan.num_tokens, plan.num_newlines or rows) == (self.FRAMES * 169, rows)
+        elif method == "visionzip":  # which leaves rows without a token their newline
+            assert plan.num_newlines == rows
+        else:
+            assert 0 < plan.num_newlines < rows
+        expected = forward_flops(model.config, self.FRAMES, num_text, plan, settings).total
+        assert total == expected if is_exact else total == pytest.approx(expected, rel=1e-3)
+
+    def test_a_plan_of_a_video_has_its_sets_and_rows(self, game):
+        model = game.models["holitom"]
+        with torch.inference_mode():
+            [[merged]] = model(**game.inputs(), logits_to_keep=1).merged_videos
+        plan = plan_of(merged)
+        rows = {(int(f), int(p) // 13) for f, p, kind in zip(merged.frame, merged.position, merged.kind) if kind < 2}
+        assert (plan.num_tokens, plan.num_newlines) == (int((merged.kind < 2).sum()), len(rows))
+        planned = plan_video(model.config.holitom_config, self.FRAMES, 169, 0.6, self.FRAMES, newline_rows=13)
+        assert len(plan.num_static) == len(planned.num_static) == len(merged.segments) == 1
+        assert plan.num_tokens == pytest.approx(planned.num_tokens, rel=0.06)
+
+    @pytest.mark.parametrize("ratio", [0.02, 0.1, 0.3])
+    @pytest.mark.parametrize("method", ["holitom", "random_tokens"])
+    def test_newlines_are_estimated_where_no_video_is_known(self, ratio, method):
+        features = synthetic_features(64, 169, 32, 0.6, scene_frames=8)
+        importance = torch.rand(64, 169, generator=torch.Generator().manual_seed(0))
+        settings = HoliTomConfig(
+            outer_method=method, retention_ratio=ratio, similarity_threshold=0.65, newline_position="row"
+        )
+        merged = merge_video_tokens(features, importance, settings, newline=torch.zeros(32))
+        planned = plan_video(settings, 64, 169, 0.6, 8, newline_rows=13)
+        assert plan_of(merged).num_newlines == pytest.approx(planned.num_newlines, rel=0.04)
+        assert planned.num_newlines < 64 * 13
+
+    def test_all_newlines_are_there_where_nothing_is_merged(self, game):
+        plain, ours, _ = compare_flops(architecture("llava-video-7b"), 64, 34)
+        text = architecture("llava-video-7b").text_config
+        assert plain.decoder == decoder_flops(text, [64 * 13 * 14 + 34] * 28)
+        fewest, most = (decoder_flops(text, [round(0.15 * 64 * 169) + 34 + n] * 28) for n in (0, 64 * 13))
+        assert ours.decoder < 0.8 * most
+        assert ours.decoder > 0.6 * fewest  # layers from the 18th on have half of it
 
 
 @pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-7b", 8.29), ("qwen3-vl-8b", 8.77), ("qwen3.5-9b", 9.41)])

@@ -22,6 +22,7 @@ from holitom_hf import (
     HoliTomLlavaOnevisionConfig,
     HoliTomLlavaOnevisionForConditionalGeneration,
     HoliTomLlavaOnevisionModel,
+    HoliTomLlavaVideoConfig,
     HoliTomProcessor,
     HoliTomQwen2Model,
 )
@@ -561,6 +562,13 @@ class TestLocalBase:
             assert str(tmp_path) not in card
         with pytest.raises(ValueError, match="nobody else could load user/small: its base model is a folder"):
             self.model.push_to_hub("user/small", config_only=True)
+
+    def test_a_model_that_transformers_does_not_know_is_not_said_to_load_without_trust(self):
+        card = model_card(HoliTomLlavaVideoConfig(), False)
+        assert card.startswith("---")
+        assert "# LLaVA-Video with HoliTom" in card
+        assert "transformers has no class of this model itself" in card
+        assert "loads as the plain" not in card
 
     def test_a_whole_checkpoint_says_that_it_loads_without_trust(self, model):
         card = model_card(model.config, False)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
-from holitom_hf.apps.command_line.measuring import QWEN_SIZES, SIZES
-from holitom_hf.benchmarking.architectures import ARCHITECTURES, QWEN_ARCHITECTURES
+from holitom_hf.apps.command_line.measuring import LLAVA_VIDEO_SIZES, QWEN_SIZES, SIZES
+from holitom_hf.benchmarking.architectures import ARCHITECTURES, LLAVA_VIDEO_ARCHITECTURES, QWEN_ARCHITECTURES
 from holitom_hf.checkpoints import hub as hub_module
 
 from ..hub import LoopbackHub, Repository
@@ -166,6 +166,7 @@ def test_the_base_of_a_checkpoint_without_weights_is_asked_for_too(tmp_path, hub
 
 def test_the_command_line_knows_every_size_that_can_be_measured():
     assert set(SIZES) == set(ARCHITECTURES)
+    assert set(LLAVA_VIDEO_SIZES) == set(LLAVA_VIDEO_ARCHITECTURES)
     assert set(QWEN_SIZES) == set(QWEN_ARCHITECTURES)
 
 

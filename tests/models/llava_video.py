@@ -1,6 +1,7 @@
 """Small LLaVA-Videos, prompts for them, and the model once more as plain operations over upstream's weights."""
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,22 @@ def small_processor(mode: str = "average", newlines: str = "grid", **kwargs) -> 
     )
 
 
+def save(folder, is_told: bool = False) -> None:
+    """
+    A checkpoint of ours; `is_told`: with the time instruction, whose last token is that of the line's end, too, as of
+    Qwen's tokenizer.
+    """
+    processor = small_processor(add_time_instruction=is_told)
+    if is_told:
+        processor.tokenizer.add_tokens([".\n"])
+    tokens = {"image_token_index": processor.image_token_id, "video_token_index": processor.video_token_id}
+    text = VALUES["text_config"] | {"vocab_size": len(processor.tokenizer), "initializer_range": 0.2}
+    torch.manual_seed(0)
+    config = HoliTomLlavaVideoConfig(**copy.deepcopy(VALUES) | tokens | {"text_config": text}, holitom_config=ON)
+    HoliTomLlavaVideoForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 class PlainLlavaVideo(PlainModel):
     """The plain loop, from the tower's hidden states on: projected, pooled and broken into lines as written here."""
 
@@ -104,7 +121,7 @@ class PlainLlavaVideo(PlainModel):
 
     def pooled(self, patches: torch.Tensor) -> torch.Tensor:
         """(F, P, D) -> (F, T, D)."""
-        side = SIDE // PATCH
+        side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).reshape(len(patches), -1, side, side)
         if self.mode == "bilinear":
             grid = F.interpolate(grid, size=(-(-side // 2),) * 2, mode="bilinear")

@@ -3,11 +3,11 @@
 import torch
 
 from .. import conftest
-from . import qwen
+from . import llava_video, qwen
 from .qwen import PlainQwen2_5, seconds_of
 
 
-SUBJECTS = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
+SUBJECTS = ("llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl")
 
 
 class LlavaSubject:
@@ -52,6 +52,22 @@ class LlavaSubject:
     def positions(self, ids: torch.Tensor, video) -> torch.Tensor:
         """(L,) or (3, L), of one prompt as upstream counts."""
         return torch.arange(len(ids))
+
+
+class LlavaVideoSubject(LlavaSubject):
+    """LLaVA-Video, with newlines behind rows."""
+
+    name = "llava_video"
+
+    def __init__(self):
+        model = llava_video.small_model()
+        super().__init__(model, llava_video.PlainLlavaVideo(model))
+
+    def prompt(self, before: int, num_frames: int, after: int, seed: int = 0) -> torch.Tensor:
+        return llava_video.prompt(before, f"video:{num_frames}", after, seed=seed)
+
+    def video(self, num_frames: int, seed: int):
+        return llava_video.video(num_frames, seed)
 
 
 class QwenSubject:

@@ -12,6 +12,7 @@ from holitom_hf.sequence import inner_stage, packed_rows
 from holitom_hf.sequence.inner_stage import InnerStage
 
 from ..conftest import IDENTITY, VIDEO_TOKEN, make_prompt, make_video, pad_batch
+from .subjects import SUBJECTS
 
 
 class StepOnACache(nn.Module):
@@ -28,6 +29,8 @@ class StepOnACache(nn.Module):
         return self.model(input_ids=input_ids, cache=self.cache, use_cache=True, **kwargs).logits
 
 
+# LLaVA-Video's decoder is LLaVA-OneVision's.
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name != "llava_video"], indirect=True)
 @pytest.mark.parametrize("num_new", [1, 3])
 @pytest.mark.parametrize("given", ["ids alone", "mask", "positions"])
 def test_a_step_on_a_compressed_static_cache_is_exported(subject, num_new, given):

@@ -2,7 +2,7 @@
 Random batches, videos and settings of every backbone: generation with the cache against the plain loop.
 
 `pytest tests/models/test_fuzzing.py --fuzz-cases 5000` for a longer run: half of them LLaVA-OneVision's, an
-eighth each Qwen-VL's.
+eighth each LLaVA-Video's and the Qwen-VLs'.
 """
 
 import functools
@@ -13,12 +13,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionForConditionalGeneration
+from holitom_hf import (
+    HoliTomConfig,
+    HoliTomLlavaOnevisionConfig,
+    HoliTomLlavaOnevisionForConditionalGeneration,
+    HoliTomLlavaVideoConfig,
+    HoliTomLlavaVideoForConditionalGeneration,
+)
 from holitom_hf.models.upstream import cache_of
 
 from ..conftest import FUZZ_CASES, pad_batch
 from ..reference import PlainModel
 from . import qwen
+from .llava_video import PlainLlavaVideo
 from .qwen import PlainQwen2_5, seconds_of
 
 
@@ -26,10 +33,17 @@ LAYERS, VIDEO, PAD = 3, 61, 0
 
 
 @functools.cache
-def llava_models(grid: int) -> tuple[HoliTomLlavaOnevisionForConditionalGeneration, PlainModel]:
-    """A model whose frames have grid x grid patches, pooled to half of it, and its plain counterpart."""
+def llava_models(grid: int, mode: str | None = None, newlines: str | None = None):
+    """
+    A model whose frames have grid x grid patches, pooled to half of it, and its plain counterpart: LLaVA-OneVision, or
+    with a way of pooling and newlines LLaVA-Video.
+    """
     torch.manual_seed(grid)
-    config = HoliTomLlavaOnevisionConfig(
+    config_class, own = HoliTomLlavaOnevisionConfig, {}
+    if mode is not None:
+        config_class, own = HoliTomLlavaVideoConfig, {"spatial_pool_mode": mode, "newline_layout": newlines}
+    config = config_class(
+        **own,
         vision_config={
             "model_type": "siglip_vision_model",
             "hidden_size": 16,
@@ -56,11 +70,20 @@ def llava_models(grid: int) -> tuple[HoliTomLlavaOnevisionForConditionalGenerati
         video_token_index=VIDEO,
         holitom_config=HoliTomConfig(inner_merge_layer=None),
     )
-    model = HoliTomLlavaOnevisionForConditionalGeneration(config).eval()
+    model_class = HoliTomLlavaOnevisionForConditionalGeneration
+    if mode is not None:
+        model_class = HoliTomLlavaVideoForConditionalGeneration
+    model = model_class(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(2.0 if weight.ndim > 1 else 1.0)
-    return model, PlainModel(model)
+    return model, (PlainModel if mode is None else PlainLlavaVideo)(model)
+
+
+def num_placeholders(num_frames: int, grid: int, mode: str | None = None, newlines: str | None = None) -> int:
+    """Of a video for one of [`llava_models`]."""
+    side = grid // 2 if mode in ("average", "max") else -(-grid // 2)
+    return num_frames * side * (side + 1) if newlines == "grid" else num_frames * side**2 + 1
 
 
 @functools.cache
@@ -100,6 +123,10 @@ def rows_of(*parts):
 
 # (f,) is a video of f frames.
 LLAVA_ROWS = rows_of(st.tuples(st.integers(1, 4)))
+# Patches along a side, pooling, newlines.
+LLAVA_VIDEOS = st.tuples(
+    st.sampled_from([4, 5, 6]), st.sampled_from(["average", "max", "bilinear"]), st.sampled_from(["grid", "one_token"])
+)
 # (f, h, w) is a video of f temporal patches of h x w patches, (h, w) an image.
 SIDES = st.sampled_from([4, 6, 8])
 QWEN_ROWS = rows_of(st.tuples(st.integers(1, 4), SIDES, SIDES), st.tuples(SIDES, SIDES))
@@ -138,10 +165,9 @@ def check_case(model, inputs, prompts, side, random, expected, first_positions=N
                 torch.testing.assert_close(outputs.logits[row, -1], logits[-1], atol=1e-4, rtol=1e-4)
 
 
-def check_llava(grid, rows, config, side, change, seed):
-    model, plain = llava_models(grid)
+def check_llava(which, rows, config, side, change, seed):
+    (grid, *_), (model, plain) = which, llava_models(*which)
     random = torch.Generator().manual_seed(seed)
-    tokens_per_frame = (-(-grid // 2)) ** 2
     prompts, videos = [], []
     for row in rows:
         ids, row_videos = [], []
@@ -149,7 +175,7 @@ def check_llava(grid, rows, config, side, change, seed):
             if isinstance(part, int):
                 ids.append(torch.randint(1, 59, (part,), generator=random))
                 continue
-            ids.append(torch.full((part[0] * tokens_per_frame + 1,), VIDEO))
+            ids.append(torch.full((num_placeholders(part[0], *which),), VIDEO))
             still = torch.randn(1, 3, 2 * grid, 2 * grid, generator=random)
             row_videos.append(still + change * torch.randn(part[0], 3, 2 * grid, 2 * grid, generator=random))
         prompts.append(torch.cat(ids))
@@ -197,7 +223,8 @@ def check_qwen(name, rows, config, side, change, seed):
 # How to check a case, which models there are, what rows are drawn, and the part of `--fuzz-cases` that is drawn: cases
 # with grids take about three times as long.
 BACKBONES = {
-    "llava_onevision": (check_llava, st.sampled_from([4, 5, 6]), LLAVA_ROWS, 2),
+    "llava_onevision": (check_llava, st.tuples(st.sampled_from([4, 5, 6])), LLAVA_ROWS, 2),
+    "llava_video": (check_llava, LLAVA_VIDEOS, LLAVA_ROWS, 8),
     "qwen2_5_vl": (check_qwen, st.just("qwen2_5_vl"), QWEN_ROWS, 8),
     "qwen3_vl": (check_qwen, st.just("qwen3_vl"), QWEN_ROWS, 8),
 }

@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
     StaticCache,
@@ -24,37 +25,94 @@ from holitom_hf.bundled.tiny_model import tiny_tokenizer
 from holitom_hf.models.upstream import cache_of
 
 from ..conftest import SMALL, make_prompt, make_video, pad_batch
-from ..reference import PlainGenerator
+from ..reference import PlainGenerator, PlainModel
+from . import llava_video
 
 
-PROMPTS = [make_prompt(3, "video:5", 8, seed=21), make_prompt(2, "video:5", 3, seed=22)]
-VIDEOS = [make_video(5, seed=23), make_video(5, seed=24, num_scenes=3)]
 NEW = 6
 
 
-@pytest.fixture(scope="module", params=["published", "kept and sized"])
-def used(request, model, settings):
-    """The model's settings: tokens numbered anew, as published, or in their places and counting for what they are."""
-    places = {"position_ids": "kept", "proportional_attention": True} if request.param != "published" else {}
-    model.config.holitom_config = replace(settings, **places)
-    yield model.config.holitom_config
-    model.config.holitom_config = settings
+class OneVision:
+    """
+    What is asked of LLaVA-OneVision, and how prompts and videos for it are made.
+
+    Attributes:
+        settings: The models' in every test.
+        prompts, videos: A batch.
+    """
+
+    prompt, video, seeds = staticmethod(make_prompt), staticmethod(make_video), (21, 22)
+
+    def __init__(self, model, plain, settings):
+        self.model, self.plain, self.settings = model, plain, settings
+        first, second = self.seeds
+        self.prompts = [self.prompt(3, "video:5", 8, seed=first), self.prompt(2, "video:5", 3, seed=second)]
+        self.videos = [self.video(5, seed=23), self.video(5, seed=24, num_scenes=3)]
+
+
+class LlavaVideo(OneVision):
+    """The same of LLaVA-Video: newlines behind rows."""
+
+    prompt, video = staticmethod(llava_video.prompt), staticmethod(llava_video.video)
+    seeds = (44, 22)  # whose answers have no token that is taken for padding
+
+
+# Tokens numbered anew, as published, or in their places and counting for what they are; and another model.
+@pytest.fixture(scope="module", params=["published", "kept and sized", "LLaVA-Video"])
+def case(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def reference(plain, used) -> PlainGenerator:
-    return PlainGenerator.over(plain, PROMPTS, [[video] for video in VIDEOS], used)
+def model(case, model):
+    return llava_video.small_model() if case == "LLaVA-Video" else model
+
+
+@pytest.fixture(scope="module")
+def plain(case, model):
+    return (llava_video.PlainLlavaVideo if case == "LLaVA-Video" else PlainModel)(model)
+
+
+@pytest.fixture(scope="module")
+def backbone(case, model, plain, settings) -> OneVision:
+    if case == "LLaVA-Video":
+        return LlavaVideo(model, plain, model.config.holitom_config)
+    places = {"position_ids": "kept", "proportional_attention": True} if case == "kept and sized" else {}
+    return OneVision(model, plain, replace(settings, **places))
+
+
+@pytest.fixture(scope="module")
+def upstream(case, model):
+    """Upstream's class with the same weights."""
+    if case == "LLaVA-Video":
+        pytest.skip("transformers has no class of LLaVA-Video")
+    upstream = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**SMALL)).eval()
+    upstream.load_state_dict(model.state_dict())
+    return upstream
+
+
+@pytest.fixture(scope="module")
+def used(backbone):
+    """The settings, which are the model's meanwhile."""
+    before, backbone.model.config.holitom_config = backbone.model.config.holitom_config, backbone.settings
+    yield backbone.settings
+    backbone.model.config.holitom_config = before
+
+
+@pytest.fixture(scope="module")
+def reference(plain, used, backbone) -> PlainGenerator:
+    return PlainGenerator.over(plain, backbone.prompts, [[video] for video in backbone.videos], used)
 
 
 @pytest.fixture
-def batch():
-    ids, mask = pad_batch(PROMPTS)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": torch.stack(VIDEOS)}
+def batch(backbone):
+    ids, mask = pad_batch(backbone.prompts)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": torch.stack(backbone.videos)}
 
 
 @pytest.fixture
-def single():
-    return {"input_ids": PROMPTS[0][None], "pixel_values_videos": VIDEOS[0][None]}
+def single(backbone):
+    return {"input_ids": backbone.prompts[0][None], "pixel_values_videos": backbone.videos[0][None]}
 
 
 def text_only(inputs) -> dict:
@@ -95,10 +153,10 @@ class TestAssistedDecoding:
         return AutoModelForCausalLM.from_config(Qwen2Config(**text | {"num_hidden_layers": 1})).eval()
 
     @pytest.mark.parametrize("assistant", ["text model", "upstream's class", "the model itself", "prompt lookup"])
-    def test_the_answer_is_the_greedy_one(self, model, upstream, reference, single, assistant):
+    def test_the_answer_is_the_greedy_one(self, request, model, reference, single, assistant):
         kwargs = {
             "text model": lambda: {"assistant_model": self.small_text_model()},
-            "upstream's class": lambda: {"assistant_model": upstream},
+            "upstream's class": lambda: {"assistant_model": request.getfixturevalue("upstream")},
             "the model itself": lambda: {"assistant_model": model},
             "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3},
         }[assistant]()
@@ -158,31 +216,33 @@ class TestOptions:
         assert torch.equal(torch.cat(streamer.pieces[:-1]), tokens)
         assert streamer.pieces[-1] == "end"
 
-    def test_stopping_strings_and_an_end_token(self, model, reference, single):
-        tokens = expected(reference, single, do_sample=False, max_new_tokens=NEW)[0, PROMPTS[0].shape[0] :]
+    def test_stopping_strings_and_an_end_token(self, model, reference, single, backbone):
+        tokens = expected(reference, single, do_sample=False, max_new_tokens=NEW)[0, backbone.prompts[0].shape[0] :]
         end = int(tokens[2])
         outputs = model.generate(**single, do_sample=False, max_new_tokens=NEW, eos_token_id=end, pad_token_id=0)
         stop = tokens.tolist().index(end) + 1
-        assert torch.equal(outputs[0, PROMPTS[0].shape[0] :], tokens[:stop])
+        assert torch.equal(outputs[0, backbone.prompts[0].shape[0] :], tokens[:stop])
         tokenizer = tiny_tokenizer()
         text = tokenizer.decode(tokens[2:4])
         outputs = model.generate(
             **single, do_sample=False, max_new_tokens=NEW, stop_strings=[text], tokenizer=tokenizer
         )
-        assert torch.equal(outputs[0, PROMPTS[0].shape[0] :], tokens[: outputs.shape[1] - PROMPTS[0].shape[0]])
-        assert outputs.shape[1] - PROMPTS[0].shape[0] <= 4
+        assert torch.equal(
+            outputs[0, backbone.prompts[0].shape[0] :], tokens[: outputs.shape[1] - backbone.prompts[0].shape[0]]
+        )
+        assert outputs.shape[1] - backbone.prompts[0].shape[0] <= 4
 
-    def test_embeddings_and_encoded_videos_in_place_of_ids_and_pixels(self, model, reference, single):
+    def test_embeddings_and_encoded_videos_in_place_of_ids_and_pixels(self, model, reference, single, backbone):
         embeds = model.get_input_embeddings()(single["input_ids"]).detach()
-        tokens = expected(reference, single, do_sample=False, max_new_tokens=NEW)[:, PROMPTS[0].shape[0] :]
+        tokens = expected(reference, single, do_sample=False, max_new_tokens=NEW)[:, backbone.prompts[0].shape[0] :]
         for beams in (1, 2):
             kwargs = {"do_sample": False, "max_new_tokens": NEW, "num_beams": beams}
             given = {"inputs_embeds": embeds, "pixel_values_videos": single["pixel_values_videos"]}
-            plain = expected(reference, single, **kwargs)[:, PROMPTS[0].shape[0] :] if beams > 1 else tokens
+            plain = expected(reference, single, **kwargs)[:, backbone.prompts[0].shape[0] :] if beams > 1 else tokens
             assert torch.equal(model.generate(**given, **kwargs), plain)
             encoded = {"video": model.get_video_features(single["pixel_values_videos"])}
             outputs = model.generate(input_ids=single["input_ids"], mm_encoder_outputs=encoded, **kwargs)
-            assert torch.equal(outputs[:, PROMPTS[0].shape[0] :], plain)
+            assert torch.equal(outputs[:, backbone.prompts[0].shape[0] :], plain)
 
 
 CACHES = {
@@ -243,14 +303,14 @@ class TestCaches:
         assert m < 0.7 * n
         assert n < 0.5 * full
 
-    def test_a_static_cache_can_be_reset_and_used_for_another_prompt(self, model, reference, batch):
+    def test_a_static_cache_can_be_reset_and_used_for_another_prompt(self, model, reference, batch, backbone):
         cache = StaticCache(model.config, max_cache_len=120)
         model.generate(**batch, do_sample=False, max_new_tokens=3, cache=cache)
         cache.reset()
         outputs = model.generate(**batch, do_sample=False, max_new_tokens=NEW, cache=cache)
         assert torch.equal(outputs, expected(reference, batch, do_sample=False, max_new_tokens=NEW))
         cache.reset()
-        ids = make_prompt(9)[None].expand(2, -1)
+        ids = backbone.prompt(9)[None].expand(2, -1)
         text = model.generate(input_ids=ids, do_sample=False, max_new_tokens=3, cache=cache)
         assert torch.equal(text, model.generate(input_ids=ids, do_sample=False, max_new_tokens=3))
 
@@ -262,38 +322,38 @@ class TestTurns:
         return torch.cat([first, question], dim=1)
 
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
-    def test_a_second_question(self, model, plain, used, batch, cache):
+    def test_a_second_question(self, model, plain, used, batch, cache, backbone):
         past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=140)
         greedy = {"do_sample": False, "max_new_tokens": NEW}
         first = model.generate(**batch, **greedy, cache=past)
-        question = torch.stack([make_prompt(4, seed=31), make_prompt(4, seed=32)])
+        question = torch.stack([backbone.prompt(4, seed=31), backbone.prompt(4, seed=32)])
         ids = torch.cat([first, question], 1)
         mask = torch.nn.functional.pad(
             batch["attention_mask"], (0, ids.shape[1] - batch["input_ids"].shape[1]), value=1
         )
         second = model.generate(input_ids=ids, attention_mask=mask, **greedy, cache=past)
         whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
-        lengths = [len(prompt) for prompt in PROMPTS]
-        reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], used, prompt_lengths=lengths)
+        lengths = [len(prompt) for prompt in backbone.prompts]
+        reference = PlainGenerator.over(plain, whole, [[v] for v in backbone.videos], used, prompt_lengths=lengths)
         plain_ids, plain_mask = pad_batch(whole)
         expected = reference.generate(input_ids=plain_ids, attention_mask=plain_mask, **greedy, use_cache=False)
         assert torch.equal(second[:, -NEW:], expected[:, -NEW:])
         assert torch.equal(second[:, : ids.shape[1]], ids)
 
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
-    def test_padding_inside_a_second_turn(self, model, plain, used, batch, cache):
+    def test_padding_inside_a_second_turn(self, model, plain, used, batch, cache, backbone):
         past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=140)
         greedy = {"do_sample": False, "max_new_tokens": NEW}
         first = model.generate(**batch, **greedy, cache=past)
-        question, is_question = pad_batch([make_prompt(7, seed=31), make_prompt(3, seed=32)])
+        question, is_question = pad_batch([backbone.prompt(7, seed=31), backbone.prompt(3, seed=32)])
         ids = torch.cat([first, question], 1)
         answered = torch.ones(2, NEW, dtype=torch.long)
         mask = torch.cat([batch["attention_mask"], answered, is_question], 1)
         wanted = {"output_logits": True, "return_dict_in_generate": True}
         second = model.generate(input_ids=ids, attention_mask=mask, **greedy, **wanted, cache=past)
         whole = [row[keep.bool()] for row, keep in zip(ids, mask)]
-        lengths = [len(prompt) for prompt in PROMPTS]
-        reference = PlainGenerator.over(plain, whole, [[v] for v in VIDEOS], used, prompt_lengths=lengths)
+        lengths = [len(prompt) for prompt in backbone.prompts]
+        reference = PlainGenerator.over(plain, whole, [[v] for v in backbone.videos], used, prompt_lengths=lengths)
         plain_ids, plain_mask = pad_batch(whole)
         expected = reference.generate(
             input_ids=plain_ids, attention_mask=plain_mask, **greedy, **wanted, use_cache=False
@@ -303,14 +363,14 @@ class TestTurns:
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("given", ["ids", "embeddings"])
-    def test_a_second_video_with_beams(self, model, plain, used, batch, given):
+    def test_a_second_video_with_beams(self, model, plain, used, batch, given, backbone):
         """Placeholders of the first turn's videos are in the ids, too, but not theirs that are encoded now."""
         past = DynamicCache()
         first = model.generate(**batch, do_sample=False, max_new_tokens=NEW, cache=past)
         past.batch_repeat_interleave(2)
-        videos = [make_video(4, seed=33), make_video(4, seed=34), make_video(4, seed=35, num_scenes=1)]
+        videos = [backbone.video(4, seed=33), backbone.video(4, seed=34), backbone.video(4, seed=35, num_scenes=1)]
         turn, is_turn = pad_batch(
-            [make_prompt(2, "video:4", 5, seed=34), make_prompt("video:4", "video:4", 3, seed=35)]
+            [backbone.prompt(2, "video:4", 5, seed=34), backbone.prompt("video:4", "video:4", 3, seed=35)]
         )
         ids = torch.cat([first, turn], 1)
         mask = torch.cat([batch["attention_mask"], torch.ones(2, NEW, dtype=torch.long), is_turn], 1)
@@ -326,35 +386,38 @@ class TestTurns:
         reference = PlainGenerator.over(
             plain,
             whole,
-            [[VIDEOS[0], videos[0]], [VIDEOS[1], videos[1], videos[2]]],
+            [[backbone.videos[0], videos[0]], [backbone.videos[1], videos[1], videos[2]]],
             used,
-            prompt_lengths=[[len(PROMPTS[0]), len(whole[0])], [len(PROMPTS[1]), len(whole[1]), len(whole[1])]],
+            prompt_lengths=[
+                [len(backbone.prompts[0]), len(whole[0])],
+                [len(backbone.prompts[1]), len(whole[1]), len(whole[1])],
+            ],
         )
         plain_ids, plain_mask = pad_batch(whole)
         expected = reference.generate(input_ids=plain_ids, attention_mask=plain_mask, **beams, use_cache=False)
         assert torch.equal(second[:, -NEW:], expected[:, -NEW:])
 
-    def test_only_the_new_tokens_may_be_passed_with_the_whole_mask(self, model, single):
+    def test_only_the_new_tokens_may_be_passed_with_the_whole_mask(self, model, single, backbone):
         past = DynamicCache()
         greedy = {"do_sample": False, "max_new_tokens": NEW}
         first = model.generate(**single, **greedy, cache=past)
         copied = copy.deepcopy(past)
-        ids = torch.cat([first, make_prompt(4, seed=31)[None]], 1)
+        ids = torch.cat([first, backbone.prompt(4, seed=31)[None]], 1)
         whole = model.generate(input_ids=ids, **greedy, cache=past)
         # The last answered token is not in the cache yet.
         new = ids[:, first.shape[1] - 1 :]
         short = model.generate(input_ids=new, attention_mask=torch.ones_like(ids), **greedy, cache=copied)
         assert torch.equal(short[:, -NEW:], whole[:, -NEW:])
 
-    def test_a_second_video_is_compressed_and_the_first_stays_as_it_was(self, model, plain, used, single):
+    def test_a_second_video_is_compressed_and_the_first_stays_as_it_was(self, model, plain, used, single, backbone):
         """The plain loop chooses each video's survivors by the last token of the turn that brought it."""
         past = DynamicCache()
         greedy = {"do_sample": False, "max_new_tokens": NEW}
         first = model.generate(**single, **greedy, cache=past)
         before = copy.deepcopy(past.compressed_sequence)
         keys = [layer.keys.clone() for layer in past.layers]
-        video = make_video(4, seed=33)
-        turn = make_prompt(2, "video:4", 5, seed=34)
+        video = backbone.video(4, seed=33)
+        turn = backbone.prompt(2, "video:4", 5, seed=34)
         ids = torch.cat([first[0], turn])[None]
         second = model.generate(input_ids=ids, pixel_values_videos=video[None], **greedy, cache=past)
         for layer, kept in zip(past.layers, keys):
@@ -363,39 +426,39 @@ class TestTurns:
         moves_up = used.position_ids == "packed"
         assert (record.position_offset[0] > before.position_offset[0]) == moves_up
         assert record.full_length == ids.shape[1]
-        lengths = [len(PROMPTS[0]), ids.shape[1]]
+        lengths = [len(backbone.prompts[0]), ids.shape[1]]
         logits = []
         whole = ids[0]
-        encoded = [plain.encode(VIDEOS[0], used), plain.encode(video, used)]
+        encoded = [plain.encode(backbone.videos[0], used), plain.encode(video, used)]
         for _ in range(NEW):
             logits.append(plain.logits(whole, None, used, lengths, encoded=encoded)[-1])
             whole = torch.cat([whole, logits[-1].argmax()[None]])
         assert torch.equal(second[0], whole)
 
-    def test_one_video_many_questions_by_copying_the_cache(self, model, plain, used):
+    def test_one_video_many_questions_by_copying_the_cache(self, model, plain, used, backbone):
         """The video's prefix is encoded once; its stage 3 asks the prefix's last token."""
-        prefix = make_prompt(3, "video:5", 2, seed=35)
+        prefix = backbone.prompt(3, "video:5", 2, seed=35)
         past = DynamicCache()
         with torch.no_grad():
-            model(input_ids=prefix[None], pixel_values_videos=VIDEOS[0][None], cache=past, use_cache=True)
+            model(input_ids=prefix[None], pixel_values_videos=backbone.videos[0][None], cache=past, use_cache=True)
         for seed in (36, 37):
-            prompt = torch.cat([prefix, make_prompt(6, seed=seed)])
+            prompt = torch.cat([prefix, backbone.prompt(6, seed=seed)])
             outputs = model.generate(
                 input_ids=prompt[None], cache=copy.deepcopy(past), do_sample=False, max_new_tokens=NEW
             )
-            tokens, _ = plain.generate(prompt, [VIDEOS[0]], used, NEW, prompt_length=len(prefix))
+            tokens, _ = plain.generate(prompt, [backbone.videos[0]], used, NEW, prompt_length=len(prefix))
             assert torch.equal(outputs[0, len(prompt) :], tokens)
 
-    def test_one_video_many_questions_as_a_batch(self, model, plain, used):
-        prefix = make_prompt(3, "video:5", 2, seed=35)
+    def test_one_video_many_questions_as_a_batch(self, model, plain, used, backbone):
+        prefix = backbone.prompt(3, "video:5", 2, seed=35)
         past = DynamicCache()
         with torch.no_grad():
-            model(input_ids=prefix[None], pixel_values_videos=VIDEOS[0][None], cache=past, use_cache=True)
+            model(input_ids=prefix[None], pixel_values_videos=backbone.videos[0][None], cache=past, use_cache=True)
         past.batch_repeat_interleave(3)
-        prompts = torch.stack([torch.cat([prefix, make_prompt(6, seed=seed)]) for seed in (36, 37, 38)])
+        prompts = torch.stack([torch.cat([prefix, backbone.prompt(6, seed=seed)]) for seed in (36, 37, 38)])
         outputs = model.generate(input_ids=prompts, cache=past, do_sample=False, max_new_tokens=NEW)
         for row, prompt in enumerate(prompts):
-            tokens, _ = plain.generate(prompt, [VIDEOS[0]], used, NEW, prompt_length=len(prefix))
+            tokens, _ = plain.generate(prompt, [backbone.videos[0]], used, NEW, prompt_length=len(prefix))
             assert torch.equal(outputs[row, len(prompt) :], tokens)
 
     def test_rows_that_were_selected_cannot_be_told_and_are_refused(self, model, batch):
@@ -406,13 +469,13 @@ class TestTurns:
         with pytest.raises(ValueError, match="compressed for 2 rows and is now used with 3: rows can be repeated"):
             model(input_ids=torch.ones(3, 1, dtype=torch.long), cache=past)
 
-    def test_another_layer_for_a_later_video_is_refused(self, model, single):
+    def test_another_layer_for_a_later_video_is_refused(self, model, single, backbone):
         past = DynamicCache()
         model.generate(**single, do_sample=False, max_new_tokens=2, cache=past)
         with pytest.raises(ValueError, match="inner_merge_layer is 3, but the cache was compressed from layer 2 on"):
             model(
-                input_ids=make_prompt("video:4", 2)[None],
-                pixel_values_videos=make_video(4, seed=1)[None],
+                input_ids=backbone.prompt("video:4", 2)[None],
+                pixel_values_videos=backbone.video(4, seed=1)[None],
                 cache=past,
                 holitom_config={"inner_merge_layer": 3},
             )
@@ -450,7 +513,7 @@ class TestAttention:
         other.load_state_dict(model.state_dict())
         return other
 
-    def test_flash_attention_needs_nothing_but_a_2d_mask(self, model, plain, used, reference, batch, single):
+    def test_flash_attention_needs_nothing_but_a_2d_mask(self, model, plain, used, reference, batch, single, backbone):
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -461,7 +524,7 @@ class TestAttention:
             with pytest.raises(ValueError, match="'only_2d_masks' cannot: load the model with attn_implementation"):
                 other.generate(**single, max_new_tokens=1)
             used = other.config.holitom_config = replace(used, proportional_attention=False)
-            reference = PlainGenerator.over(plain, PROMPTS, [[video] for video in VIDEOS], used)
+            reference = PlainGenerator.over(plain, backbone.prompts, [[video] for video in backbone.videos], used)
         for inputs in (batch, single):
             for kwargs in ({}, {"use_cache": False}, {"num_beams": 2}):
                 outputs = other.generate(**inputs, **kwargs, do_sample=False, max_new_tokens=NEW)
@@ -488,8 +551,9 @@ class TestAttention:
         assert all(torch.equal(a, b) for a, b in zip(kept, model(**batch).inner_keep))
 
 
+@pytest.mark.parametrize("case", ["published", "kept and sized"], indirect=True)
 class TestCompile:
-    def test_the_decoding_step_compiles_without_a_graph_break(self, model, upstream, reference, single):
+    def test_the_decoding_step_compiles_without_a_graph_break(self, model, reference, single):
         """fullgraph=True fails on any break; upstream's class has none either."""
         config = CompileConfig(fullgraph=True, backend="eager")
         config._compile_all_devices = True

@@ -1,6 +1,7 @@
 """LLaVA-Video against plain operations over upstream's weights: as its authors run it, and compressed."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,7 +32,7 @@ from ..checkpoints import test_checkpoint
 from ..conftest import IDENTITY, make_prompt, pad_batch
 from ..reference import PlainGenerator, PlainVideo
 from ..videos import write_video
-from .llava_video import LAYOUTS, ON, SIDE, VALUES, PlainLlavaVideo, prompt, small_model, small_processor, video
+from .llava_video import LAYOUTS, ON, SIDE, VALUES, PlainLlavaVideo, prompt, save, small_model, small_processor, video
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -345,12 +346,8 @@ class TestCheckpoints:
 
     def test_the_command_line_answers(self, tmp_path):
         """A clip of 4 seconds, a frame a second."""
-        processor, folder = small_processor(), tmp_path / "model"
-        tokens = {"image_token_index": processor.image_token_id, "video_token_index": processor.video_token_id}
-        text = VALUES["text_config"] | {"vocab_size": len(processor.tokenizer)}
-        config = HoliTomLlavaVideoConfig(**VALUES | tokens | {"text_config": text}, holitom_config=ON)
-        HoliTomLlavaVideoForConditionalGeneration(config).save_pretrained(folder)
-        processor.save_pretrained(folder)
+        folder = tmp_path / "model"
+        save(folder)
         clip = write_video(tmp_path / "clip.mp4", num_frames=100)
         runner = CliRunner(env={"COLUMNS": "200"})
         options = ["--model", str(folder), "--max-new-tokens", "3", "--json"]
@@ -361,6 +358,14 @@ class TestCheckpoints:
         assert answer["visual_tokens_inner"] < answer["visual_tokens_outer"] < 48
         summary = runner.invoke(app, ["answer", str(clip), "What?", *options[:-1]])
         assert "(newlines after rows are among them)" in summary.stdout
+        drawn = runner.invoke(app, ["visualize", str(clip), "-o", str(tmp_path / "a.png"), "--model", str(folder)])
+        kept, left = map(int, re.search(r": 36 tokens of 4 frames .*, (\d+) kept, (\d+) left", drawn.stdout).groups())
+        processor, loaded = small_processor(), HoliTomLlavaVideoForConditionalGeneration.from_pretrained(folder).eval()
+        inputs = processor(text="<video>", videos=str(clip), return_tensors="pt")
+        with torch.no_grad():
+            [[merged]] = loaded(**inputs).merged_videos
+        assert kept == int((merged.kind < 2).sum()) == answer["visual_tokens_outer"] - int((merged.kind == 2).sum())
+        assert left <= answer["visual_tokens_inner"]
 
     def test_without_weights_of_its_own(self, model, folder, tmp_path, inputs):
         loaded = HoliTomLlavaVideoForConditionalGeneration.from_pretrained(folder)

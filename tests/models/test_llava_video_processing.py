@@ -91,6 +91,34 @@ class TestTimeInstruction:
         with pytest.raises(ValueError, match="needs to know when frames were taken: pass a file, or video_metadata"):
             small_processor()(text="<video>", videos=[frames], add_time_instruction=True)
 
+    def test_all_frames_of_a_video_need_no_more_than_their_rate(self):
+        frames = np.zeros((3, 28, 28, 3), dtype=np.uint8)
+        told = {"videos": [frames], "add_time_instruction": True}
+        text = self.text(small_processor(), video_metadata=[VideoMetadata(total_num_frames=3, fps=2.0)], **told)
+        assert "lasts for 1.50 seconds, and 3 frames" in text
+        assert "located at 0.00s,0.50s,1.00s." in text
+        with pytest.raises(ValueError, match="with frames_indices where the frames are not all of the video's"):
+            small_processor()(text="<video>", video_metadata=[VideoMetadata(total_num_frames=90, fps=30.0)], **told)
+        metadata = VideoMetadata(total_num_frames=90, fps=30.0, frames_indices=[0, 45])
+        with pytest.raises(ValueError, match="video_metadata has 2 frames_indices for a video of 3 frames"):
+            small_processor()(text="<video>", video_metadata=[metadata], **told)
+
+    def test_it_tells_of_the_frames_that_are_left_of_an_array(self):
+        frames, metadata = np.zeros((90, 28, 28, 3), dtype=np.uint8), VideoMetadata(total_num_frames=90, fps=30.0)
+        told = {"add_time_instruction": True, "do_sample_frames": True}
+        text = self.text(small_processor(), videos=[frames], video_metadata=[metadata], **told)
+        assert "lasts for 3.00 seconds, and 3 frames are uniformly sampled" in text
+        assert "located at 0.00s,1.00s,2.00s." in text
+
+    @pytest.mark.parametrize(
+        ("num_frames", "told"), [(1, "0.04 seconds, and 1 frames"), (24, "0.96 seconds, and 1 f")]
+    )
+    def test_a_short_video_has_its_first_frame(self, tmp_path, num_frames, told):
+        clip = str(write_video(tmp_path / "clip.mp4", num_frames=num_frames))
+        text = self.text(small_processor(), videos=clip, add_time_instruction=True)
+        assert f"The video lasts for {told}" in text
+        assert "located at 0.00s.Please" in text
+
     def test_each_of_several_videos_has_its_own(self, tmp_path):
         clips = [str(write_video(tmp_path / f"{number}.mp4", num_frames=number)) for number in (30, 80)]
         text = self.text_of_two(small_processor(), clips)

@@ -69,9 +69,12 @@ def test_a_lora_is_trained_with_trainer_saved_and_loaded(subject, tmp_path):
     torch.manual_seed(0)
     model = subject.model
     modules = ["q_proj", "v_proj", "up_proj", "down_proj", "lm_head"]
-    modules += {"llava_onevision": ["linear_2"], "qwen2_5_vl": ["merger.mlp.2"], "qwen3_vl": ["linear_fc2"]}[
-        subject.name
-    ]
+    modules += {
+        "llava_onevision": ["linear_2"],
+        "llava_video": ["linear_2"],
+        "qwen2_5_vl": ["merger.mlp.2"],
+        "qwen3_vl": ["linear_fc2"],
+    }[subject.name]
     lora = peft.LoraConfig(r=8, lora_alpha=32, target_modules=modules)
     trained = peft.get_peft_model(copy.deepcopy(model), lora)
     arguments = TrainingArguments(

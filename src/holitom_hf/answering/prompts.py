@@ -20,12 +20,15 @@ class ExpandedVideo:
     What a processor wrote into a prompt for its one video, to be written into others.
 
     Attributes:
-        ids: (N,), placeholders and the text between them.
+        ids: (N,), placeholders and the text between and behind them.
         features: What the processor made beside text and pixels.
+        num_joined: Tokens of the text behind the video that its last one holds, too: a full stop and the end of its
+            line are one token of Qwen's.
     """
 
     ids: torch.Tensor
     features: dict
+    num_joined: int = 0
 
     @classmethod
     def of(cls, features: BatchFeature, text: str, processor) -> "ExpandedVideo":
@@ -39,20 +42,22 @@ class ExpandedVideo:
         """
         around, place = _tokens_around(text, processor)
         ids = features["input_ids"][0].cpu()
-        whole = ids[place : len(ids) - (len(around) - place - 1)]
+        most = len(around) - place - 1
+        is_same = ids[len(ids) - most :] == around[place + 1 :]
+        num_same = int(is_same.flip(0).long().cumprod(0).sum())
         others = {name: value for name, value in features.items() if name not in (*PER_TOKEN, *TEXT, PIXELS)}
-        return cls(whole, others)
+        return cls(ids[place : len(ids) - num_same], others, most - num_same)
 
     def prompt(self, text: str, processor) -> BatchFeature:
         """
         Another prompt about the video, as the processor would make it, but for the pixels.
 
         Args:
-            text: With one placeholder, between tokens that are not merged with those beside them.
+            text: With one placeholder, and the same around it up to the next token.
             processor: The same.
         """
         around, place = _tokens_around(text, processor)
-        ids = torch.cat([around[:place], self.ids, around[place + 1 :]])[None]
+        ids = torch.cat([around[:place], self.ids, around[place + 1 + self.num_joined :]])[None]
         features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "mm_token_type_ids" in processor.model_input_names:
             features["mm_token_type_ids"] = 2 * (ids == processor.video_token_id).int()

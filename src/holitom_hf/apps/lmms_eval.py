@@ -33,9 +33,13 @@ class HoliTomLmms(lmms):
         pretrained: Folder or Hub repository, or "bundled".
         preset: Settings by name, or a JSON file of them; `None`: the checkpoint's.
         retention_ratio: Replaces that of the settings; 1.0 with `inner_merge_layer` unset is the uncompressed model.
-        num_frames: Frames of a video, spread uniformly with both ends; all of a shorter one.
+        num_frames: Frames of a video, spread uniformly with both ends; all of a shorter one. Of LLaVA-Video the most:
+            of a shorter video a frame a second. `None`: as in the paper's results, 64 of LLaVA-Video and 32 of others.
         prompt: "authors" for the conversation of the paper's results (LLaVA-NeXT's qwen_1_5), "chat_template" for
-            the checkpoint's own; `None`: the authors' with LLaVA-OneVision, the checkpoint's with others.
+            the checkpoint's own; `None`: the authors' with LLaVA-OneVision and LLaVA-Video, the checkpoint's with
+            others.
+        add_time_instruction: Whether LLaVA-Video is told how long a video is and when its frames are, which in the
+            paper's results it is not.
         device: "cuda", "cuda:1", "cpu", or "auto" to spread the layers over all GPUs. Under `accelerate launch` with
             several processes each takes its own GPU.
         dtype: "auto", "float32", "bfloat16" or "float16".
@@ -53,8 +57,9 @@ class HoliTomLmms(lmms):
         pretrained: str = "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         preset: str | None = None,
         retention_ratio: float | None = None,
-        num_frames: int = 32,
+        num_frames: int | None = None,
         prompt: str | None = None,
+        add_time_instruction: bool = False,
         device: str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
@@ -81,11 +86,17 @@ class HoliTomLmms(lmms):
         self.answerer.load_model()
         self.processor = self.answerer.processor
         self.processor.tokenizer.padding_side = "left"
-        self.processor.video_processor.num_frames = int(num_frames)
+        is_llava_video = self.answerer.backbone.model_type == "llava_video"
+        if is_llava_video:
+            self.processor.video_processor.add_time_instruction = add_time_instruction
+        elif add_time_instruction:
+            raise ValueError(f"add_time_instruction is LLaVA-Video's, not {self.answerer.backbone.title}'s")
         if prompt is None:
-            is_authors_model = self.answerer.backbone.model_type == "llava_onevision"
+            is_authors_model = is_llava_video or self.answerer.backbone.model_type == "llava_onevision"
             prompt = "authors" if is_authors_model else "chat_template"
-        self.num_frames, self.prompt, self.batch_size = int(num_frames), prompt, int(batch_size)
+        num_frames = int(num_frames) if num_frames is not None else 64 if is_llava_video else 32
+        self.processor.video_processor.num_frames = num_frames
+        self.num_frames, self.prompt, self.batch_size = num_frames, prompt, int(batch_size)
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
     @property

@@ -2,6 +2,7 @@
 
 from ..configuration import HoliTomConfig
 from ..models.llava_onevision.configuration import HoliTomLlavaOnevisionConfig
+from ..models.llava_video.configuration import HoliTomLlavaVideoConfig
 from ..models.registry import backbone_class, backbones
 
 
@@ -57,6 +58,9 @@ _TINY_SIGLIP = _SIGLIP | {
     "num_attention_heads": 4,
 }
 ARCHITECTURES = tuple(_DECODERS)
+# Of lmms-lab/LLaVA-Video-7B-Qwen2, pooled as its authors evaluate it, and the one above at that layout.
+_LLAVA_VIDEO = {"llava-video-7b": ("7b", {"vocab_size": 152064}), "llava-video-small": ("tiny", {})}
+LLAVA_VIDEO_ARCHITECTURES = tuple(_LLAVA_VIDEO)
 # `model_type`, vision tower, decoder: of Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct and Qwen/Qwen3.5-9B,
 # and the first two at a size that a CPU runs in seconds, with patches and windows as they are.
 _SMALL_QWEN = {
@@ -208,7 +212,7 @@ def architecture(name: str, settings: HoliTomConfig | None = None):
     The config of a model at one of its sizes.
 
     Args:
-        name: One of `ARCHITECTURES`, those of LLaVA-OneVision, or `QWEN_ARCHITECTURES`.
+        name: One of `ARCHITECTURES`, those of LLaVA-OneVision, `LLAVA_VIDEO_ARCHITECTURES` or `QWEN_ARCHITECTURES`.
         settings: Compression settings; default: the paper's, stage 3 at 18 of 28 layers' depth.
 
     Raises:
@@ -216,13 +220,15 @@ def architecture(name: str, settings: HoliTomConfig | None = None):
     """
     if name in _QWEN:
         return qwen_architecture(name, settings)
-    if name not in _DECODERS:
-        known = ", ".join(ARCHITECTURES + QWEN_ARCHITECTURES)
-        raise ValueError(f"there is no architecture {name!r}: choose one of {known}")
-    decoder = dict(_DECODERS[name])
+    known = ARCHITECTURES + QWEN_ARCHITECTURES + LLAVA_VIDEO_ARCHITECTURES
+    if name not in known:
+        raise ValueError(f"there is no architecture {name!r}: choose one of {', '.join(known)}")
+    config_class = HoliTomLlavaVideoConfig if name in _LLAVA_VIDEO else HoliTomLlavaOnevisionConfig
+    name, own = _LLAVA_VIDEO.get(name, (name, {}))
+    decoder = _DECODERS[name] | own
     tied = decoder.pop("tie_word_embeddings", False)
     layers, vocabulary = decoder["num_hidden_layers"], decoder["vocab_size"]
-    return HoliTomLlavaOnevisionConfig(
+    return config_class(
         vision_config={
             "model_type": "siglip_vision_model",
             "vision_use_head": False,
@@ -243,3 +249,8 @@ def architecture(name: str, settings: HoliTomConfig | None = None):
         video_token_index=vocabulary - 1,
         holitom_config=settings or HoliTomConfig(inner_merge_layer=round(18 / 28 * layers)),
     )
+
+
+def usual_frames(config) -> int:
+    """How many frames a backbone's published results have."""
+    return 64 if config.model_type == "llava_video" else 32

@@ -1,10 +1,11 @@
 """What is special to a backbone where it is measured: the form of its videos and prompts, and its vision tower."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import BatchFeature
+from transformers import AutoConfig, BatchFeature
 
 from ..configuration import HoliTomConfig
 from ..models.operations import EncoderOperations
@@ -45,6 +46,13 @@ class MeasuredBackbone:
         """
         self.config, self.num_frames = config, num_frames
         self.operations: EncoderOperations = encoder_operations(config, num_frames, size, NO_STAGES)
+
+    @staticmethod
+    def plain_config(config):
+        """The uncompressed model's: upstream's class with the values of ours."""
+        own = ("holitom_config", "auto_map", "custom_pipelines", "model_type")
+        values = {name: value for name, value in config.to_dict().items() if name not in own}
+        return AutoConfig.for_model(config.model_type, **values)
 
     def video_ids(self, random: torch.Generator) -> torch.Tensor:
         """(N,), a video's part of a prompt."""
@@ -121,6 +129,21 @@ class LlavaOnevision(MeasuredBackbone):
         """Overrides MeasuredBackbone.preprocess."""
         height, width = self.size
         return processor(frames, size={"height": height, "width": width}, device=str(device), return_tensors="pt")
+
+
+class LlavaVideo(LlavaOnevision):
+    """[`LlavaOnevision`] with a newline after every row; transformers has no class of it to compare with."""
+
+    @staticmethod
+    def plain_config(config):
+        """Overrides MeasuredBackbone.plain_config: ours with settings that change nothing."""
+        plain = copy.deepcopy(config)
+        plain.holitom_config = NO_STAGES
+        return plain
+
+    def processor(self):
+        """Overrides MeasuredBackbone.processor: frames by number, not by rate."""
+        return backbone_class(self.config.backbone, "video_processor")(num_frames=self.num_frames, fps=None)
 
 
 class QwenVL(MeasuredBackbone):
@@ -220,6 +243,7 @@ class Qwen3VL(QwenVL):
 # By `model_type`.
 MEASURED: dict[str, type[MeasuredBackbone]] = {
     "llava_onevision": LlavaOnevision,
+    "llava_video": LlavaVideo,
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": Qwen3VL,
 }

@@ -9,13 +9,15 @@ attention nor the gate of the MLP, and leaves out what stands before the decoder
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 
 from ..configuration import HoliTomConfig
-from ..merging.budget import token_budget
+from ..merging.budget import newline_budget, token_budget
 from ..merging.flops import prefill_flops, tokens_by_layer
 from ..merging.inner import num_inner_kept
+from ..merging.merged_video import MergedVideo, TokenKind
 from ..merging.products import segmentation_flops
 from ..merging.registry import METHODS
 from ..merging.video_tokens import VideoTokens
@@ -91,42 +93,95 @@ class VideoPlan:
     What stages 1 and 2 make of a video of scenes of equal length: sizes, no values.
 
     Attributes:
-        num_tokens: Tokens that are left.
+        num_tokens: Tokens that are left, without newlines.
         num_static, num_clusters: Of every segment.
+        num_newlines: Behind rows that have a token left, where a model has such newlines; `None`: as many as the
+            uncompressed video has, which is the most there can be.
     """
 
     num_tokens: int
     num_static: list[int]
     num_clusters: list[int]
+    num_newlines: int | None = None
 
 
 def plan_video(
-    settings, num_frames: int, tokens_per_frame: int, static_share: float = 0.6, scene_frames: int = 8
+    settings,
+    num_frames: int,
+    tokens_per_frame: int,
+    static_share: float = 0.6,
+    scene_frames: int = 8,
+    newline_rows: int | None = None,
 ) -> VideoPlan:
     """
     The sizes that stages 1 and 2 come to (section 3.2).
+
+    Newlines of rows are an estimate: a row has one if any of a frame's tokens is left in it, and those that are left
+    are taken to lie anywhere in the frame with equal probability. [`plan_of`] has the number for a video; with
+    `exact_budget` it follows from the sizes.
 
     Args:
         settings: [`HoliTomConfig`].
         num_frames, tokens_per_frame: F and T.
         static_share: Share of the tokens that repeat over their scene.
         scene_frames: Frames of a scene; the last one may be shorter.
+        newline_rows: As in [`EncoderOperations`].
     """
     total = num_frames * tokens_per_frame
     if not settings.has_outer_stage:
         return VideoPlan(total, [], [])
+
+    def newlines(kept: list[int]) -> int | None:
+        if newline_rows is None:
+            return None
+        if settings.exact_budget:
+            return newline_budget(token_budget(settings, num_frames, tokens_per_frame), num_frames, newline_rows)
+        return expected_newlines(kept, tokens_per_frame, newline_rows)
+
     if settings.outer_method != "holitom":
-        return VideoPlan(round(settings.retention_ratio * total), [], [])
+        num_tokens = round(settings.retention_ratio * total)
+        ends = [num_tokens * frame // num_frames for frame in range(num_frames + 1)]
+        kept = [stop - start for start, stop in pairwise(ends)]
+        return VideoPlan(num_tokens, [], [], newlines(kept))
     lengths = [min(scene_frames, num_frames - start) for start in range(0, num_frames, scene_frames)]
     num_static = [round(static_share * tokens_per_frame) if length > 1 else 0 for length in lengths]
     gain = sum(n * (length - 1) for n, length in zip(num_static, lengths))
     ratio = min(settings.retention_ratio * total / (total - gain), 1)
     num_clusters = [round(n * ratio) for n in num_static]
-    dynamic = sum(length * math.ceil((tokens_per_frame - n) * ratio) for n, length in zip(num_static, lengths))
-    num_tokens = sum(num_clusters) + dynamic
-    if settings.exact_budget:
-        num_tokens = token_budget(settings, num_frames, tokens_per_frame)
-    return VideoPlan(num_tokens, num_static, num_clusters)
+    num_dynamic = [math.ceil((tokens_per_frame - n) * ratio) for n in num_static]  # of a frame
+    # Static tokens stand in their scene's first frame.
+    kept = [
+        dynamic + clusters * (step == 0)
+        for dynamic, clusters, length in zip(num_dynamic, num_clusters, lengths)
+        for step in range(length)
+    ]
+    num_tokens = token_budget(settings, num_frames, tokens_per_frame) if settings.exact_budget else sum(kept)
+    return VideoPlan(num_tokens, num_static, num_clusters, newlines(kept))
+
+
+def expected_newlines(kept: Sequence[int], tokens_per_frame: int, num_rows: int) -> int:
+    """
+    Rows with a token, rounded, if tokens lie anywhere in their frame with equal probability.
+
+    Args:
+        kept: n of every frame.
+        tokens_per_frame: T.
+        num_rows: H, of a frame.
+    """
+    elsewhere = tokens_per_frame - tokens_per_frame // num_rows
+    empty = sum(math.comb(elsewhere, n) / math.comb(tokens_per_frame, n) for n in kept)
+    return round(num_rows * (len(kept) - empty))
+
+
+def plan_of(merged: MergedVideo) -> VideoPlan:
+    """The sizes that a video came to in stages 1 and 2, newlines of rows included; without contextual tokens' sets."""
+    kind, num_static, num_clusters = merged.kind, [], []
+    for start, _ in merged.segments:
+        output = merged.assignment[start]
+        num_static.append(int(((output >= 0) & (kind[output.clamp_min(0)] == TokenKind.STATIC)).sum()))
+        num_clusters.append(int(((merged.frame == start) & (kind == TokenKind.STATIC)).sum()))
+    num_newlines = int((kind == TokenKind.NEWLINE).sum())
+    return VideoPlan(merged.num_tokens - num_newlines, num_static, num_clusters, num_newlines)
 
 
 def forward_flops(
@@ -145,8 +200,9 @@ def forward_flops(
     Args:
         config: Of a backbone.
         num_frames: Of the video.
-        num_text: Tokens of the prompt beside the video's (a newline is added here where the model has one).
-        plan: From [`plan_video`], or as a video turned out.
+        num_text: Tokens of the prompt beside the video's (newlines are added here where the model has them).
+        plan: From [`plan_video`], or with [`plan_of`] as a video turned out: then newlines of rows are counted as
+            they are.
         settings: [`HoliTomConfig`]; default: the config's.
         computed_share: Of the patches that the vision tower computes after `vision_reuse_layer`, where that is set.
         size: Height and width of frames in pixels, where the backbone takes several; default: its usual one.
@@ -154,7 +210,8 @@ def forward_flops(
     settings = settings or config.holitom_config
     text, video = config.text_config, encoder_operations(config, num_frames, size, settings, computed_share)
     clusters_videos = settings.has_outer_stage and settings.outer_method == "holitom"
-    num_video = plan.num_tokens + video.num_newlines
+    are_left = video.newline_rows is not None and plan.num_newlines is not None
+    num_video = plan.num_tokens + (plan.num_newlines if are_left else video.num_newlines)
     inner_layer, num_kept = None, num_video
     if settings.has_inner_stage:
         inner_layer, num_kept = settings.inner_merge_layer, num_inner_kept(num_video, settings.inner_merge_ratio)
@@ -195,8 +252,8 @@ def compare_flops(
         static_share: As in [`plan_video`], over scenes of 8 frames.
 
     Returns:
-        Exact without, exact with, and both by the paper's formula: the decoder's, for the video's tokens alone, of
-        which exactly the share that is asked for is left.
+        Exact without, exact with (but for newlines of rows, which [`plan_video`] estimates), and both by the paper's
+        formula: the decoder's, for the video's tokens alone, of which exactly the share that is asked for is left.
     """
     settings, text = config.holitom_config, config.text_config
     nothing = HoliTomConfig(outer_method="none", inner_method="none")
@@ -204,7 +261,8 @@ def compare_flops(
     scene_frames = max(1, round(8 * video.num_frames / num_frames))
     exact = []
     for chosen in (nothing, settings):
-        plan = plan_video(chosen, video.num_frames, video.tokens_per_frame, static_share, scene_frames)
+        sizes = (video.num_frames, video.tokens_per_frame, static_share, scene_frames, video.newline_rows)
+        plan = plan_video(chosen, *sizes)
         exact.append(forward_flops(config, num_frames, num_text, plan, chosen, computed_share, size))
     total, depth = video.num_frames * video.tokens_per_frame, text.num_hidden_layers
     outer = inner = total * (settings.retention_ratio if settings.has_outer_stage else 1)

@@ -50,6 +50,7 @@ class ModelResult:
         tower_share: Of the operations that the device multiplies large matrices with, what the vision tower and the
             projector reach in ours.
         throughput: Largest batch that fitted and its tokens a second, by model; empty where not asked for.
+        plain: What the plain model is: upstream's class, or ours uncompressed where transformers has none.
     """
 
     steps: dict[str, dict[str, Spread]]
@@ -61,6 +62,7 @@ class ModelResult:
     tower_share: float
     throughput: dict[str, dict[str, float]] = field(default_factory=dict)
     computed_patches: dict[str, float] = field(default_factory=dict)
+    plain: str = "upstream"
 
     def ratio(self, step: str, model: str = "holitom") -> float:
         """How many times faster than upstream's a model of ours is."""
@@ -169,6 +171,7 @@ def run_model_benchmark(
             for name, settings in ({"holitom": config.holitom_config} | variants).items()
             if settings.has_vision_stage
         },
+        plain="upstream" if config.backbone.has_upstream else "uncompressed",
     )
     del caches, record
     if largest_batch:

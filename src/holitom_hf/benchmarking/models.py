@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..models.registry import backbone_class
@@ -21,7 +21,8 @@ class Contest:
     Two models and the same question for both.
 
     Attributes:
-        models: `"plain"`, upstream's class, and `"holitom"`; they share their weights.
+        models: `"plain"`, upstream's class (where there is none, ours with settings that change nothing), and
+            `"holitom"`; they share their weights.
         backbone: What is special to them.
         input_ids: (B, L) with a placeholder for every token of the video, and a newline's where the model has one.
         media: Pixels, and what goes with them; B times as long as one video's.
@@ -68,16 +69,14 @@ def random_models(
     config, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
 ) -> dict[str, PreTrainedModel]:
     """
-    Both classes with the same random weights, made on the device: no second copy, nothing read.
+    The plain model and ours with the same random weights, made on the device: no second copy, nothing read.
 
     Args:
         config: Of ours.
         device, dtype: Of the weights.
         attention: An `attn_implementation`.
     """
-    own = ("holitom_config", "auto_map", "custom_pipelines", "model_type")
-    values = {name: value for name, value in config.to_dict().items() if name not in own}
-    plain = AutoConfig.for_model(config.model_type, **values)
+    plain = MEASURED[config.model_type].plain_config(config)
     options = {"dtype": dtype, "attn_implementation": attention}
     with torch.device("meta"):
         ours = backbone_class(config.backbone, "generation")._from_config(copy.deepcopy(config), **options)

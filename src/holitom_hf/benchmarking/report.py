@@ -117,7 +117,7 @@ def model_table(result: ModelResult) -> str:
     """A contest as a Markdown table, and below it what a sentence says better."""
     variants = [name for name in result.steps["first_token"] if name not in ("plain", "holitom")]
     rows = [
-        "".join(["| step | upstream | HoliTom | |", *(f" {name} | |" for name in variants)]),
+        "".join([f"| step | {result.plain} | HoliTom | |", *(f" {name} | |" for name in variants)]),
         "| --- | ---: | ---: | ---: |" + " ---: | ---: |" * len(variants),
     ]
     order = [*SHARED_STEPS[:3], *OWN_STEPS, *SHARED_STEPS[3:]]
@@ -150,7 +150,7 @@ def model_table(result: ModelResult) -> str:
     waits = operations["merging_waits"]
     return "\n".join(rows) + (
         f"\n\nPrompt: {tokens['plain']} tokens, {tokens['outer']} in the decoder, {tokens['inner']} from stage 3 on. "
-        f"HoliTom's own work before the decoder: {result.own_share:.1%} of upstream's first token, "
+        f"HoliTom's own work before the decoder: {result.own_share:.1%} of the uncompressed model's first token, "
         f"{operations['merging_launches']} launches in stages 1 and 2"
         + (f", {waits} waits for the device." if waits is not None else ".")
         + f" The vision tower runs at {result.tower_share:.0%} of the speed of a large matrix product here."
@@ -170,7 +170,7 @@ def flops_table(plain: ForwardFlops, ours: ForwardFlops, paper: tuple[float, flo
         plain, ours: Exact, without and with compression.
         paper: The decoder's by the paper's formula, without and with.
     """
-    rows = ["| | upstream | HoliTom | |", "| --- | ---: | ---: | ---: |"]
+    rows = ["| | uncompressed | HoliTom | |", "| --- | ---: | ---: | ---: |"]
     entries = {"decoder, video tokens, the paper's formula": paper}
     names = {
         "vision_tower": "vision tower",

@@ -25,6 +25,7 @@ class Backbone:
         processor: Class in `processing.py`.
         video_processor: Class in `processing.py`.
         upstream_processor: The processor's class without this package.
+        has_upstream: Whether transformers has a class of the model, with which a checkpoint loads without its code.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class Backbone:
     processor: str
     video_processor: str
     upstream_processor: str
+    has_upstream: bool = True
 
     def auto_map(self) -> dict[str, str]:
         """What a checkpoint's `auto_map` says: which class each Auto class finds in which of its files."""

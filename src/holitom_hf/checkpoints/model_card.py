@@ -42,12 +42,15 @@ def model_card(config, is_config_only: bool, repo_id: str = "user/repo") -> str:
     )
     values = settings.to_dict() | {"base_model_name_or_path": base if is_config_only and is_on_hub else None}
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in values.items())
-    plain = (
-        f"This repository holds no weights: `trust_remote_code=True` loads them from {source},\n"
-        "and without it nothing loads."
-        if is_config_only
-        else "Without\n`trust_remote_code=True` the same repository loads as the plain, uncompressed model."
-    )
+    if is_config_only:
+        plain = (
+            f"This repository holds no weights: `trust_remote_code=True` loads them from {source},\n"
+            "and without it nothing loads."
+        )
+    elif config.backbone.has_upstream:
+        plain = "Without\n`trust_remote_code=True` the same repository loads as the plain, uncompressed model."
+    else:
+        plain = "It loads with\n`trust_remote_code=True`: transformers has no class of this model itself."
     return f"""---
 {metadata.to_yaml()}
 ---

@@ -23,6 +23,8 @@ class EncoderOperations:
     Attributes:
         num_frames, tokens_per_frame: F and T, as the method sees them.
         num_newlines: Tokens that the model adds to them.
+        newline_rows: Rows of a frame that have a newline each, as long as any of their tokens is left; `None`: none,
+            and newlines stay, whatever is left.
         key_dim: Of an attention head of the tower.
         vision_tower, projector, importance: Operations.
     """
@@ -34,6 +36,7 @@ class EncoderOperations:
     vision_tower: float
     projector: float
     importance: float
+    newline_rows: int | None = None
 
 
 def vision_tower_flops(vision_config, num_frames: int) -> float:

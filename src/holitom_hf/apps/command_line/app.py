@@ -229,6 +229,8 @@ def visualize(
     with one_line_errors():
         name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
+        from ...merging.merged_video import TokenKind
+
         try:
             from ..picture_files import QUESTION, view_merging, writer_for
         except ModuleNotFoundError as error:
@@ -241,10 +243,13 @@ def visualize(
             write(view, Path(folder) / out.name)
             os.replace(Path(folder) / out.name, out)
         merged = view.merged
-        left = f", {int(view.survives.sum())} left by stage 3" if view.survives is not None else ""
+        is_token = merged.kind.cpu() != TokenKind.NEWLINE
+        left = ""
+        if view.survives is not None:
+            left = f", {int((view.survives.cpu() & is_token).sum())} left by stage 3"
         print(
             f"Wrote {out}: {merged.num_input_tokens} tokens of {len(view.frames)} frames in {len(merged.segments)} "
-            f"segments, {merged.num_tokens} kept{left}."
+            f"segments, {int(is_token.sum())} kept{left}."
         )
 
 

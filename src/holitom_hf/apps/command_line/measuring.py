@@ -27,8 +27,12 @@ from .options import (
 
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
+LLAVA_VIDEO_SIZES = ("llava-video-7b", "llava-video-small")
 MEASURED_QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b", "qwen2.5-vl-small", "qwen3-vl-small")
 QWEN_SIZES = (*MEASURED_QWEN_SIZES, "qwen3.5-9b")  # `bench` does not measure the last one yet
+MEASURED_SIZES = (*SIZES, *MEASURED_QWEN_SIZES, *LLAVA_VIDEO_SIZES)
+ALL_SIZES = (*SIZES, *QWEN_SIZES, *LLAVA_VIDEO_SIZES)
+USUAL_FRAMES = "64 for LLaVA-Video, 32 for others."
 # Options of drawn sets.
 Split = Annotated[
     str,
@@ -125,11 +129,11 @@ def evaluate(
 def flops(
     model: Annotated[
         str,
-        typer.Option(help=f"{', '.join(SIZES + QWEN_SIZES)}, bundled, or a folder or Hub repository (its config)."),
+        typer.Option(help=f"{', '.join(ALL_SIZES)}, bundled, or a folder or Hub repository (its config)."),
     ] = "7b",
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of the video.")] = 32,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video; default: " + USUAL_FRAMES)] = None,
     size: FrameSize = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt beside the video's.")] = 34,
     redundancy: Redundancy = 0.6,
@@ -139,16 +143,16 @@ def flops(
 ) -> None:
     """Operations of a prompt up to its first token: by the paper's formula, and exactly."""
     with one_line_errors():
-        name, hub = (model, {}) if model in (*SIZES, *QWEN_SIZES) else find_model(model)
+        name, hub = (model, {}) if model in ALL_SIZES else find_model(model)
         settings = settings_of(preset, retention_ratio)
         quiet()
-        from ...benchmarking.architectures import architecture
+        from ...benchmarking.architectures import architecture, usual_frames
         from ...benchmarking.exact_flops import compare_flops
         from ...benchmarking.report import flops_table
         from ...merging.registry import METHODS
         from ...models.registry import backbone_class, backbone_of
 
-        if model in (*SIZES, *QWEN_SIZES):
+        if model in ALL_SIZES:
             config = architecture(model, settings)
         else:
             options = {} if settings is None else {"holitom_config": settings}
@@ -156,12 +160,15 @@ def flops(
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio
         config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
+        frames = frames or usual_frames(config)
         print(flops_table(*compare_flops(config, frames, text_tokens, redundancy, computed, size)))
         print(
             f"\n{frames} frames, {text_tokens} tokens of text, R = {config.holitom_config.retention_ratio:.0%}. The "
             "paper's formula counts a multiplication and its addition\nas one operation, the exact rows as two, as "
             "torch does."
         )
+        if config.holitom_config.has_outer_stage and config.holitom_config.newline_position == "row":
+            print("Newlines are those of rows with a token, if what is left lies anywhere in its frame.")
         if config.holitom_config.has_vision_stage:
             first = config.holitom_config.vision_reuse_layer + 1
             print(f"From the tower's layer {first} on {computed:.0%} of the patches are computed (--computed).")
@@ -175,12 +182,10 @@ def flops(
 
 @app.command(cls=ManyValues)
 def bench(
-    arch: Annotated[
-        str, typer.Option(help=f"With random weights: {', '.join(SIZES + MEASURED_QWEN_SIZES)}.")
-    ] = "tiny",
+    arch: Annotated[str, typer.Option(help=f"With random weights: {', '.join(MEASURED_SIZES)}.")] = "tiny",
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
-    frames: Annotated[int, typer.Option(min=2, help="Frames of each video.")] = 32,
+    frames: Annotated[int | None, typer.Option(min=2, help="Frames of each video; default: " + USUAL_FRAMES)] = None,
     size: FrameSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once, each with a video.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
@@ -204,12 +209,15 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     compare: Compare = None,
 ) -> None:
-    """Upstream's class against ours, step by step, with random weights."""
+    """
+    Upstream's class against ours, step by step, with random weights; where there is none (LLaVA-Video), ours without
+    compression.
+    """
     with one_line_errors():
         settings = settings_of(preset, retention_ratio)
 
         from ...benchmarking import report
-        from ...benchmarking.architectures import architecture
+        from ...benchmarking.architectures import architecture, usual_frames
         from ...benchmarking.measuring import machine
         from ...benchmarking.measuring import threads as torch_threads
         from ...benchmarking.model_benchmark import run_model_benchmark
@@ -226,7 +234,7 @@ def bench(
         with torch_threads(threads):
             result = run_model_benchmark(
                 config,
-                frames,
+                frames or usual_frames(config),
                 batch_size,
                 place,
                 kind,

@@ -12,4 +12,5 @@ BACKBONE = Backbone(
     processor="HoliTomLlavaVideoProcessor",
     video_processor="HoliTomLlavaVideoVideoProcessor",
     upstream_processor="LlavaOnevisionProcessor",
+    has_upstream=False,
 )

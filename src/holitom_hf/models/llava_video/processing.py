@@ -129,7 +129,7 @@ class HoliTomLlavaVideoProcessor(HoliTomProcessor):
             return placeholders
         if "video_metadata" not in video_inputs:
             raise ValueError("the time instruction needs the videos' metadata: leave out return_metadata=False")
-        return f"{placeholders}\n{time_instruction(video_inputs['video_metadata'][video_idx])}"
+        return f"{placeholders}\n{time_instruction(video_inputs['video_metadata'][video_idx], num_frames)}"
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs):
         """Overrides LlavaOnevisionProcessor._get_num_multimodal_tokens: as the layout has it."""
@@ -139,24 +139,31 @@ class HoliTomLlavaVideoProcessor(HoliTomProcessor):
         return counts
 
 
-def time_instruction(metadata: VideoMetadata) -> str:
+def time_instruction(metadata: VideoMetadata, num_frames: int) -> str:
     """
     What LLaVA-Video was trained to be told of a video, letter by letter.
 
     Args:
-        metadata: With the frames that were taken and the video's rate.
+        metadata: With the video's rate, and the frames that were taken where these are not all.
+        num_frames: How many were taken.
 
     Raises:
-        ValueError: If it does not know the rate.
+        ValueError: If it does not know the rate or which frames were taken, or knows another number of them.
     """
-    if metadata.fps is None or metadata.frames_indices is None:
+    taken = metadata.frames_indices
+    if taken is None and metadata.total_num_frames == num_frames:
+        taken = range(num_frames)
+    if metadata.fps is None or taken is None:
         raise ValueError(
-            "add_time_instruction=True needs to know when frames were taken: pass a file, or video_metadata with fps"
+            "add_time_instruction=True needs to know when frames were taken: pass a file, or video_metadata with fps, "
+            "and with frames_indices where the frames are not all of the video's"
         )
-    times = ",".join(f"{time:.2f}s" for time in metadata.timestamps)
+    if len(taken) != num_frames:
+        raise ValueError(f"video_metadata has {len(taken)} frames_indices for a video of {num_frames} frames")
+    times = ",".join(f"{index / metadata.fps:.2f}s" for index in taken)
     return (
         f"The video lasts for {metadata.total_num_frames / metadata.fps:.2f} seconds, and "
-        f"{len(metadata.frames_indices)} frames are uniformly sampled from it. These frames are located at {times}."
+        f"{num_frames} frames are uniformly sampled from it. These frames are located at {times}."
         "Please answer the following questions related to this video."
     )
 
