@@ -3,16 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoints.checkpoint import base_model_of
+from ..checkpoints.checkpoint import base_model_of, config_values, is_original
 from ..checkpoints.reading import load_whole
 from ..configuration import HoliTomConfig
-from ..models.original.configuration import converted_config
-from ..models.original.processing import original_processor
-from ..models.original.weights import load_original
-from ..models.registry import ORIGINAL_TYPE, backbone_class, backbone_of, backbones
+from ..models.original.converting import convert_weights
+from ..models.registry import backbone_class, backbone_of
 
 
 logger = logging.get_logger(__name__)
@@ -41,12 +39,6 @@ def write_checkpoint(
         OSError, ValueError: If `base` can't be read, lacks weights, or is of another architecture.
     """
     kwargs = {} if settings is None else {"holitom_config": settings}
-    values = PreTrainedConfig.get_config_dict(base, **hub)[0]
-    if values.get("model_type") == ORIGINAL_TYPE:
-        if config_only:
-            raise ValueError(f"{base} is not in transformers' format, and what has no weights can't take them from it")
-        _convert_original(values, base, folder, retention_ratio, kwargs, hub)
-        return
     backbone = backbone_of(base, **hub)
     model_class = backbone_class(backbone, "generation")
     config = backbone_class(backbone, "config").from_pretrained(base, **kwargs, **hub)
@@ -55,32 +47,24 @@ def write_checkpoint(
     if config_only:
         source, revision = base_model_of(base, hub)  # what has no weights itself names who has
         config.holitom_config = {"base_model_name_or_path": source or base, "base_model_revision": revision}
-        with torch.device("meta"):
-            model = model_class._from_config(config, dtype=config.dtype)
-        model.generation_config = GenerationConfig.from_model_config(config)
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(base, **hub)
-        except OSError:
-            logger.info(f"{base} has no generation_config.json; one is made from its config.")
+        model = _without_memory(model_class, config, base, hub)
         model.save_pretrained(folder, config_only=True)
         return
     processor = backbone_class(backbone, "processor").from_pretrained(base, **hub)
-    model = load_whole(model_class, base, config=config, dtype="auto", **hub)
-    model.save_pretrained(folder)
+    if is_original(config_values(base, hub)):
+        convert_weights(_without_memory(model_class, config, base, hub), base, folder, **hub)
+    else:
+        load_whole(model_class, base, config=config, dtype="auto", **hub).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def _convert_original(
-    values: dict, base: str, folder: Path, retention_ratio: float | None, kwargs: dict, hub: dict
-) -> None:
-    """The same for a checkpoint of LLaVA's authors, whose `config.json` holds `values`."""
-    converted = converted_config(values, **hub) | kwargs
-    backbone = backbones()[converted["model_type"]]
-    config = backbone_class(backbone, "config").from_dict(converted)
-    if retention_ratio is not None:
-        config.holitom_config = {"retention_ratio": retention_ratio}
-    processor = original_processor(backbone_class(backbone, "processor"), base, config, **hub)
-    model_class = backbone_class(backbone, "generation")
-    model = load_original(model_class, base, config, values.get("mm_vision_tower"), dtype="auto", **hub)
-    model.save_pretrained(folder, save_original_format=False)  # the names of our modules, not those of `base`
-    processor.save_pretrained(folder)
+def _without_memory(model_class: type[PreTrainedModel], config, base: str, hub: dict) -> PreTrainedModel:
+    """A model that holds nothing but shapes, with the generation settings of `base`."""
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=config.dtype)
+    model.generation_config = GenerationConfig.from_model_config(config)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(base, **hub)
+    except OSError:
+        logger.info(f"{base} has no generation_config.json; one is made from its config.")
+    return model

@@ -4,24 +4,37 @@ import copy
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub import HfApi
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..merging.package import of_package
 from .model_card import model_card
 from .writing import is_local, written_aside
 
 
 logger = logging.get_logger(__name__)
 
+READS = "reads checkpoints of LLaVA's authors"
+load_original = of_package("models.original.loading", "load_original", READS)
+
 # Keyword arguments that say where and how to download, for a base model as for the checkpoint itself.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 
 
 class HoliTomCheckpointMixin:
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` of models, with config-only checkpoints."""
+    """
+    `from_pretrained`, `save_pretrained` and `push_to_hub` of models, with config-only checkpoints.
+
+    Attributes:
+        save_options: What `save_pretrained` passes on where it is not told otherwise.
+    """
+
+    save_options: ClassVar[dict] = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -47,22 +60,22 @@ class HoliTomCheckpointMixin:
         # From the file, since settings that replace the checkpoint's say nothing of its weights.
         base, revision = base_model_of(pretrained_model_name_or_path, kwargs)
         if base is None or _same_place(base, pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            return load_as_it_is(
+                super().from_pretrained, pretrained_model_name_or_path, *model_args, config=config, **kwargs
+            )
 
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        place = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
-        settings = {"holitom_config": kwargs.pop("holitom_config")} if "holitom_config" in kwargs else {}
+        own = {name: kwargs.pop(name) for name in ("revision", "subfolder", "holitom_config") if name in kwargs}
         if not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(
-                config or pretrained_model_name_or_path, **place, **hub_kwargs, **settings
-            )
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **own, **hub_kwargs)
         for name in ("code_revision", "_from_auto", "adapter_kwargs"):
             kwargs.pop(name, None)
         _check_base(config, base, revision or "main", pretrained_model_name_or_path, hub_kwargs)
         config.holitom_config = {"base_model_name_or_path": base, "base_model_revision": revision}
         # This class reads the weights: whatever code the base repository carries is never run.
         kwargs["trust_remote_code"] = False
-        return super().from_pretrained(base, *model_args, config=config, revision=revision or "main", **kwargs)
+        kwargs |= {"config": config, "revision": revision or "main"}
+        return load_as_it_is(super().from_pretrained, base, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, config_only: bool = False, **kwargs):
         """
@@ -88,7 +101,7 @@ class HoliTomCheckpointMixin:
         settings.base_model_name_or_path = settings.base_model_revision = None
         try:
             with written_aside(save_directory) as folder:
-                return super().save_pretrained(folder, *args, **kwargs)
+                return super().save_pretrained(folder, *args, **self.save_options | kwargs)
         finally:
             settings.base_model_name_or_path, settings.base_model_revision = base
 
@@ -191,11 +204,47 @@ def base_model_of(checkpoint: str | os.PathLike, kwargs: dict) -> tuple[str | No
         checkpoint: Folder or Hub repository.
         kwargs: Of `from_pretrained`: where and how to download.
     """
-    hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "revision", "subfolder") if name in kwargs}
-    values, _ = PreTrainedConfig.get_config_dict(checkpoint, **hub_kwargs)
-    settings = values.get("holitom_config")
+    settings = config_values(checkpoint, kwargs).get("holitom_config")
     settings = settings if isinstance(settings, dict) else {}
     return settings.get("base_model_name_or_path"), settings.get("base_model_revision")
+
+
+def config_values(checkpoint: str | os.PathLike, kwargs: dict) -> dict:
+    """
+    What the `config.json` of a checkpoint says.
+
+    Args:
+        checkpoint: Folder or Hub repository.
+        kwargs: Of `from_pretrained`: where and how to download.
+    """
+    hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "revision", "subfolder") if name in kwargs}
+    return PreTrainedConfig.get_config_dict(checkpoint, **hub_kwargs)[0]
+
+
+def is_original(values: dict) -> bool:
+    """
+    Whether a `config.json` is one of LLaVA's authors. Their code calls its type "llava_qwen"; what they published says
+    "llava", which is another model in transformers, so that the class counts, too.
+    """
+    return values.get("model_type") == "llava_qwen" or "LlavaQwenForCausalLM" in (values.get("architectures") or ())
+
+
+def load_as_it_is(load, checkpoint: str | os.PathLike, *args, **kwargs):
+    """
+    A model or a processor from files of transformers, or of LLaVA's authors, which this package reads and no
+    checkpoint's code does.
+
+    Args:
+        load: Upstream's `from_pretrained`, of a class of ours.
+        checkpoint: Folder or Hub repository.
+        args, kwargs: For `load`.
+
+    Raises:
+        ImportError: If the files are the authors', and the package is not there.
+    """
+    if is_original(config_values(checkpoint, kwargs)):
+        load = partial(load_original, load)
+    return load(checkpoint, *args, **kwargs)
 
 
 def _same_place(base: str, path: str | os.PathLike) -> bool:
@@ -205,7 +254,7 @@ def _same_place(base: str, path: str | os.PathLike) -> bool:
 def _check_base(config, base: str, revision: str, checkpoint, hub_kwargs: dict) -> None:
     """Raises an error that names the cause if the base model is out of reach or of another architecture."""
     try:
-        values, _ = PreTrainedConfig.get_config_dict(base, revision=revision, **hub_kwargs)
+        values, _ = type(config).get_config_dict(base, revision=revision, **hub_kwargs)
     except OSError as error:
         raise OSError(
             f"{checkpoint} holds no weights; they come from its base model {base!r} (revision {revision}), which "

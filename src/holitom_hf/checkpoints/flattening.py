@@ -3,9 +3,9 @@ From a package to flat files, which is all that transformers' dynamic modules kn
 
 What a backbone's entry files import, directly or not, is found in their syntax trees. Each module is written under
 its joined name (`merging/spatial.py` becomes `merging_spatial.py`), with its imports rewritten to match. Comments and
-docstrings of functions are left out, the other docstrings cut to their first sentence, blank lines too where there are
-two, or an import or an indented line follows: whoever reads a checkpoint's code finds the rest in the file that its
-first line names.
+docstrings of functions are left out, and a module's single line where a class has a docstring; the others are cut to
+their first sentence, blank lines left out where there are two, or an import or an indented line follows: whoever reads
+a checkpoint's code finds the rest in the file that its first line names.
 """
 
 import ast
@@ -102,14 +102,16 @@ def _with_module(line: str, node: ast.ImportFrom, name: str, file: Path) -> str:
 
 def _shorten_docstrings(lines: list[str | None], tree: ast.Module) -> None:
     """
-    Takes out docstrings of functions, and cuts those of modules and classes to their first sentence (or paragraph, if
-    that has no full stop). Lines that go become `None`.
+    Takes out docstrings of functions, and a module's single line where a class has one of its own; cuts those of
+    modules and classes to their first sentence (or paragraph, if that has no full stop). Lines that go become `None`.
     """
+    has_class = any(isinstance(node, ast.ClassDef) and ast.get_docstring(node) for node in tree.body)
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Module, *SCOPES)) or ast.get_docstring(node) is None:
             continue
         first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
-        if not isinstance(node, ast.Module | ast.ClassDef) and len(node.body) > 1:
+        is_repeated = isinstance(node, ast.Module) and has_class and first == last
+        if is_repeated or (not isinstance(node, ast.Module | ast.ClassDef) and len(node.body) > 1):
             lines[first : last + 1] = [None] * (last + 1 - first)
             continue
         start = first + 1 if lines[first].strip() == '"""' else first

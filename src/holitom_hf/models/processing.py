@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from transformers.video_utils import VideoInput, VideoMetadata, make_batched_videos
 
 from ..checkpoints.backbone import Backbone
-from ..checkpoints.checkpoint import base_model_of
+from ..checkpoints.checkpoint import base_model_of, load_as_it_is
 from ..checkpoints.remote_code import save_remote_code
 from ..checkpoints.writing import written_aside
 from ..video.decoding import is_video_file, read_video
@@ -232,10 +232,9 @@ class HoliTomProcessorMixin:
         """
         base, revision = base_model_of(pretrained_model_name_or_path, kwargs)
         if base is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-            kwargs |= {"trust_remote_code": False, "revision": revision or "main"}
+            kwargs |= {"trust_remote_code": False, "revision": revision or "main", "subfolder": ""}
             pretrained_model_name_or_path = base
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor = load_as_it_is(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
         if not isinstance(processor.video_processor, cls.own_video_processor):
             # From the file: upstream's class has filled in its defaults.
             processor.video_processor = cls.own_video_processor.from_pretrained(

@@ -8,8 +8,6 @@ import importlib
 from ..checkpoints.backbone import Backbone
 
 
-# Of checkpoints that LLaVA's authors published, of LLaVA-OneVision and LLaVA-Video.
-ORIGINAL_TYPE = "llava_qwen"
 FOLDERS = ("llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
@@ -51,7 +49,7 @@ def encoder_operations(config, *args, **kwargs):
 
 def backbone_of(checkpoint: str, **kwargs) -> Backbone:
     """
-    The backbone of a checkpoint, ours or upstream's.
+    The backbone of a checkpoint, ours, upstream's or as LLaVA's authors published it.
 
     Args:
         checkpoint: Folder or Hub repository.
@@ -61,15 +59,12 @@ def backbone_of(checkpoint: str, **kwargs) -> Backbone:
         OSError: If its configuration can't be read.
         ValueError: If it is none of ours.
     """
-    from transformers import PreTrainedConfig
+    from ..checkpoints.checkpoint import config_values, is_original
+    from .original.configuration import converted_config
 
-    model_type = PreTrainedConfig.get_config_dict(checkpoint, **kwargs)[0].get("model_type")
+    values = config_values(checkpoint, kwargs)
+    model_type = (converted_config(values, **kwargs) if is_original(values) else values).get("model_type")
     known = backbones()
-    if model_type == ORIGINAL_TYPE:
-        raise ValueError(
-            f"{checkpoint} is as LLaVA's authors published it ({model_type!r}): write one that loads with "
-            f"`holitom-hf convert {checkpoint} FOLDER` first"
-        )
     if model_type not in known:
         ours = " or ".join(f"{backbone.model_type!r} checkpoint ({backbone.title})" for backbone in known.values())
         raise ValueError(f"HoliTom needs a {ours}; this one is {model_type!r}")

@@ -2,9 +2,14 @@
 
 from transformers import LlavaOnevisionConfig, Qwen2Config
 
+from ...checkpoints.checkpoint import READS, is_original
 from ...configuration import HoliTomConfig
+from ...merging.package import of_package
 from ..configuration import HoliTomConfigMixin
 from .backbone import BACKBONE
+
+
+converted_config = of_package("models.original.configuration", "converted_config", READS)
 
 
 class HoliTomLlavaOnevisionConfig(HoliTomConfigMixin, LlavaOnevisionConfig):
@@ -32,6 +37,12 @@ class HoliTomLlavaOnevisionConfig(HoliTomConfigMixin, LlavaOnevisionConfig):
                 "HoliTom merges inside a Qwen2 decoder; this checkpoint's text model is "
                 f"{self.text_config.model_type!r}"
             )
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """Overrides PreTrainedConfig.get_config_dict: what LLaVA's authors wrote, in transformers' words."""
+        values, unused = super().get_config_dict(*args, **kwargs)
+        return converted_config(values, **kwargs) if is_original(values) else values, unused
 
     @property
     def tokens_per_frame(self) -> int:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, Qwen2Config
 
-from ..registry import ORIGINAL_TYPE
+from ...checkpoints.checkpoint import HUB_KWARGS
 
 
 IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 151646, 151647  # of transformers' own conversions; Qwen2's table has room for them
@@ -58,10 +58,13 @@ IGNORED = {
     "_name_or_path",
     "add_time_instruction",
     "architectures",
+    "delay_load",
     "dtype",
     "faster_token_stride",
     "force_sample",
     "freeze_mm_mlp_adapter",
+    "freeze_mm_vision_resampler",
+    "ignore_index",
     "image_crop_resolution",
     "image_split_resolution",
     "image_token_index",
@@ -77,6 +80,7 @@ IGNORED = {
     "torch_dtype",
     "transformers_version",
     "tune_mm_mlp_adapter",
+    "tune_mm_vision_resampler",
     "unfreeze_mm_vision_tower",
     "use_mm_proj",
     "vision_tower_pretrained",
@@ -99,7 +103,7 @@ def converted_config(values: dict[str, Any], **kwargs) -> dict[str, Any]:
 
     Args:
         values: Of the original `config.json`.
-        kwargs: Where and how to download the configuration of a vision tower that is not known here.
+        kwargs: Of `from_pretrained`: how to download the configuration of a vision tower that is not known here.
 
     Raises:
         ValueError: If a field is unknown, or has a value that neither class knows; it names all of them.
@@ -114,7 +118,9 @@ def converted_config(values: dict[str, Any], **kwargs) -> dict[str, Any]:
     if pinpoints is not None and not isinstance(pinpoints, list):
         wrong.append(f"image_grid_pinpoints={pinpoints!r}")
     if wrong:
-        raise ValueError(f"this {ORIGINAL_TYPE!r} checkpoint has fields that are not supported: {', '.join(wrong)}")
+        raise ValueError(
+            f"this checkpoint of LLaVA's authors has fields that are not supported: {', '.join(wrong)}"
+        )
     if pinpoints is not None:
         sizes = [[height, width] for width, height in pinpoints]
         # transformers has the height first; a set that is the same turned round keeps its order.
@@ -133,7 +139,9 @@ def converted_config(values: dict[str, Any], **kwargs) -> dict[str, Any]:
         "vision_feature_layer": -1,  # of the layers that are left
         "vision_feature_select_strategy": "full",
         "tie_word_embeddings": tied,
-        "vision_config": tower_config(values.get("mm_vision_tower"), **kwargs),
+        "vision_config": tower_config(
+            values.get("mm_vision_tower"), **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        ),
         "text_config": text
         | {
             "model_type": Qwen2Config.model_type,
@@ -141,7 +149,7 @@ def converted_config(values: dict[str, Any], **kwargs) -> dict[str, Any]:
             "rope_parameters": rope | {"rope_theta": values.get("rope_theta", 10000.0)},
         },
     }
-    stride = values.get("mm_spatial_pool_stride", 2)
+    stride = values.get("mm_spatial_pool_stride") or 2  # what the authors' code takes, too
     if (found["mm_newline_position"], found["mm_spatial_pool_mode"], stride) != ("one_token", "bilinear", 2):
         converted |= {
             "model_type": "llava_video",

@@ -3,37 +3,46 @@
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessor
 
+from ...checkpoints.checkpoint import HUB_KWARGS
+from ..registry import backbone_class
 from .configuration import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID
 
 
-# Qwen2's conversations with media before the text, as the authors' template "qwen_1_5" has them.
+# Qwen2's conversations. Media stand before the text, each on a line, as in transformers' conversion of LLaVA-OneVision;
+# without a system message there is the one of the authors' template "qwen_1_5".
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% set ns = namespace(has_media=false) %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% set ns.has_media = true %}{% endif %}"
-    "{% if part['type'] == 'video' %}<video>{% set ns.has_media = true %}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}"
-    "{{ ('\n' if ns.has_media else '') + part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% for kind in ('image', 'video') %}{% for part in message['content'] if part['type'] == kind %}"
+    "{{ '<' + kind + '>\n' }}{% endfor %}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def original_processor(processor_class: type, checkpoint: str, config, **kwargs):
+def original_processor(processor_class: type, checkpoint: str, **kwargs):
     """
     A processor of ours for an original checkpoint: its tokenizer, and what its model takes of pictures.
 
     Args:
         processor_class: Of the backbone.
         checkpoint: Folder or Hub repository.
-        config: Ours, from [`converted_config`].
-        kwargs: Where and how to download.
+        kwargs: Where and how to download, and for the tokenizer.
 
     Raises:
-        ValueError: If the tokenizer gives the tokens of media other numbers than the model's.
+        OSError: If there is no tokenizer.
+        ValueError: If the tokenizer gives the tokens of media other numbers than the model's, or the checkpoint is not
+            of that backbone.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **kwargs)
+    hub = {name: kwargs[name] for name in (*HUB_KWARGS, "revision", "subfolder") if name in kwargs}
+    config = backbone_class(processor_class.backbone, "config").from_pretrained(checkpoint, **hub)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("_from_auto", "trust_remote_code")}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **kwargs)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{checkpoint} has no tokenizer that can be read: {error}") from error
     tokens = ["<image>", "<video>"]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
     tokenizer.padding_side = "left"  # prompts of a batch end together
