@@ -167,6 +167,21 @@ class LoopbackHub:
                     siblings = [{"rfilename": file} for file in files]
                     about = {"id": name, "sha": hub.sha(name, revision), "siblings": siblings, "private": False}
                     return self.answer(200, about)
+                if match := re.match(r"/api/models/([^/]+/[^/]+)/tree/([^/?]+)(\?|$)", self.path):
+                    name, revision = match[1], match[2]
+                    if not self.may(name):
+                        return None
+                    files = hub.files(name, revision)
+                    if files is None:
+                        return self.answer(404, {}, X_Error_Code="RevisionNotFound")
+                    tags = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+                    return self.answer(
+                        200,
+                        [
+                            {"type": "file", "path": file, "size": len(content), "oid": tags[file]}
+                            for file, content in files.items()
+                        ],
+                    )
                 if match := re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path):
                     return self.answer(404, {}, X_Error_Code="EntryNotFound")
                 match = re.match(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)", self.path)

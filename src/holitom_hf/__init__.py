@@ -2,7 +2,7 @@
 
 import importlib
 
-from .models.pipeline_task import register_when_pipelines_are_imported
+from .models.pipeline_task import register_when_transformers_is_imported
 from .models.registry import public_names
 
 
@@ -30,4 +30,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_when_pipelines_are_imported()
+register_when_transformers_is_imported()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import logging
 
 from ..checkpoints.checkpoint import base_model_of, config_values, is_original
@@ -53,6 +54,11 @@ def write_checkpoint(
     processor = backbone_class(backbone, "processor").from_pretrained(base, **hub)
     if is_original(config_values(base, hub)):
         convert_weights(_without_memory(model_class, config, base, hub), base, folder, **hub)
+        if config.model_type not in CONFIG_MAPPING_NAMES:
+            logger.warning(
+                f"This is a {backbone.title}, which transformers has no class of: without this package it needs "
+                "trust_remote_code=True."
+            )
     else:
         load_whole(model_class, base, config=config, dtype="auto", **hub).save_pretrained(folder)
     processor.save_pretrained(folder)

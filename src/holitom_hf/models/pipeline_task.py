@@ -1,5 +1,6 @@
-"""The task "video-text-to-text", known to transformers' pipelines as soon as these are there, and not before."""
+"""What transformers is told of as soon as the part of it that asks is there, and not before."""
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -11,14 +12,27 @@ from .registry import FOLDERS
 PIPELINES = "transformers.pipelines"
 # Which import each other, so that the task can be registered behind the outermost import alone.
 WATCHED = {PIPELINES, *(f"{__package__}.{name}" for name in ("pipeline", *(f"{f}.modeling" for f in FOLDERS)))}
+AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
-def register_when_pipelines_are_imported() -> None:
-    """Registers the task, now if transformers' pipelines are imported already. Imports nothing by itself."""
-    if PIPELINES in sys.modules:
-        register_task()
-    elif not any(isinstance(finder, _Registering) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Registering())
+def register_when_transformers_is_imported() -> None:
+    """
+    Registers the task "video-text-to-text" for pipelines, and the configurations of LLaVA's authors for Auto classes,
+    now or when what asks for them is imported. Imports nothing by itself.
+    """
+    for needed, watched, register in (
+        (PIPELINES, WATCHED, register_task),
+        (AUTO_CONFIG, {AUTO_CONFIG}, register_originals),
+    ):
+        if needed in sys.modules:
+            register()
+        elif not any(isinstance(finder, _Registering) and finder.needed == needed for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Registering(needed, watched, register))
+
+
+def register_originals() -> None:
+    """Makes AutoConfig, and what asks it, take a `config.json` of type "llava_qwen"."""
+    importlib.import_module(".original.registration", __package__)
 
 
 def register_task() -> None:
@@ -35,14 +49,15 @@ def register_task() -> None:
 
 
 class _Registering(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Looks on while the watched modules are imported, and registers the task when the outermost of them is there."""
+    """Looks on while the watched modules are imported, and registers when the outermost of them is there."""
 
-    def __init__(self):
+    def __init__(self, needed, watched, register):
+        self.needed, self.watched, self.register = needed, watched, register
         self.loaders, self.depth, self.is_looking = {}, 0, False
 
     def find_spec(self, fullname, path=None, target=None):
         """Overrides MetaPathFinder.find_spec: the spec that others find, with this object as its loader."""
-        if fullname not in WATCHED or self.is_looking:
+        if fullname not in self.watched or self.is_looking:
             return None
         self.is_looking = True
         try:
@@ -67,6 +82,6 @@ class _Registering(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             loader.exec_module(module)
         finally:
             self.depth -= 1
-        if self.depth == 0 and PIPELINES in sys.modules:
+        if self.depth == 0 and self.needed in sys.modules:
             sys.meta_path.remove(self)
-            register_task()
+            self.register()

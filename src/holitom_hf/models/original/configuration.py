@@ -118,9 +118,7 @@ def converted_config(values: dict[str, Any], **kwargs) -> dict[str, Any]:
     if pinpoints is not None and not isinstance(pinpoints, list):
         wrong.append(f"image_grid_pinpoints={pinpoints!r}")
     if wrong:
-        raise ValueError(
-            f"this checkpoint of LLaVA's authors has fields that are not supported: {', '.join(wrong)}"
-        )
+        raise ValueError(f"this checkpoint of LLaVA's authors has fields that are not supported: {', '.join(wrong)}")
     if pinpoints is not None:
         sizes = [[height, width] for width, height in pinpoints]
         # transformers has the height first; a set that is the same turned round keeps its order.

@@ -19,7 +19,7 @@ MAX_SHARD_SIZE = 5 * 10**9  # bytes; as large as the authors' own
 
 
 def convert_weights(
-    model: PreTrainedModel, checkpoint: str, folder: Path, max_shard_size: int = MAX_SHARD_SIZE, **hub
+    model: PreTrainedModel, checkpoint: str, folder: Path, max_shard_size: int | None = None, **hub
 ) -> None:
     """
     Writes weights, configuration, code and generation settings. The weights keep their dtype and are in memory file by
@@ -29,7 +29,7 @@ def convert_weights(
         model: With the shapes of its weights, on the "meta" device.
         checkpoint: Original, a folder or Hub repository.
         folder: Where to write.
-        max_shard_size: Of a file, in bytes.
+        max_shard_size: Of a file, in bytes; `None`: `MAX_SHARD_SIZE`.
         hub: Where and how to download.
 
     Raises:
@@ -44,7 +44,7 @@ def convert_weights(
         tensors,
         get_storage_size=lambda tensor: tensor.num_bytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=max_shard_size or MAX_SHARD_SIZE,
     )
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name].read() for name in names}, folder / file, metadata={"format": "pt"})

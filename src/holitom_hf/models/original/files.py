@@ -77,7 +77,7 @@ def stored_tensors(files: list[str], rename: Callable[[str], str | None]) -> dic
     found = {}
     for path in files:
         with naming_the_damage(), safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - a file, which is no dictionary
                 ours = rename(name)
                 if ours is not None:
                     part = file.get_slice(name)

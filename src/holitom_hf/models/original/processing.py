@@ -8,8 +8,8 @@ from ..registry import backbone_class
 from .configuration import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID
 
 
-# Qwen2's conversations. Media stand before the text, each on a line, as in transformers' conversion of LLaVA-OneVision;
-# without a system message there is the one of the authors' template "qwen_1_5".
+# Qwen2's conversations. Media stand before the text, each on a line, as in transformers' conversion of such
+# checkpoints. Where there is no system message, there is the one of the authors' template "qwen_1_5".
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -40,7 +40,7 @@ def original_processor(processor_class: type, checkpoint: str, **kwargs):
     config = backbone_class(processor_class.backbone, "config").from_pretrained(checkpoint, **hub)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("_from_auto", "trust_remote_code")}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, config=config, **kwargs)
     except (OSError, ValueError) as error:
         raise OSError(f"{checkpoint} has no tokenizer that can be read: {error}") from error
     tokens = ["<image>", "<video>"]
