@@ -84,7 +84,7 @@ def test_applied_to_one_hot_maps_it_shows_the_weights(method, case, exact):
     weight = merged.weight.flatten()
     assert (weight[~kept] == 0).all()
     torch.testing.assert_close(matrix[named[kept], kept.nonzero()[:, 0]], weight[kept])
-    if method != "average_pooling":  # whose areas overlap
+    if method not in ("average_pooling", "fastvid", "unicomp"):  # in which a token goes into several
         # What stands for itself again also stays in what it was merged into.
         assert ((matrix != 0).sum(0) <= (2 if exact else 1)).all()
     if method != "visionzip":  # which adds what a token absorbs
