@@ -76,6 +76,7 @@ METHODS |= (
     _compared("fastvid", "FastVID", "importance, flops", position_ids="kept"),
     _compared("flashvid", "FlashVID", "importance, flops"),
     _compared("unicomp", "UniComp", "importance, flops"),
+    _compared("holitom_stop", "HoliTom with SToP", "importance"),
     _compared("question_tokens", "tokens like the question", "question, flops", "control", "question"),
     _compared("video_farthest_points", "farthest points of the video", "flops", "control", "farthest-video"),
     _compared("frame_subsampling", "fewer frames", "", "control", "frames"),
