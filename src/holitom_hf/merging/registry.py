@@ -77,6 +77,7 @@ METHODS |= (
     _compared("flashvid", "FlashVID", "importance, flops"),
     _compared("unicomp", "UniComp", "importance, flops"),
     _compared("holitom_stop", "HoliTom with SToP", "importance"),
+    _compared("temporal_pooling", "means over time (STORM)"),
     _compared("question_tokens", "tokens like the question", "question, flops", "control", "question"),
     _compared("video_farthest_points", "farthest points of the video", "flops", "control", "farthest-video"),
     _compared("frame_subsampling", "fewer frames", "", "control", "frames"),
