@@ -119,6 +119,17 @@ def test_gradients_reach_what_it_is_applied_to_and_its_dtype_is_kept():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_the_features_that_are_merged(method):
+    features, importance, keys, _ = draw(seed=8)
+    features.requires_grad_()
+    merged = merge_video_tokens(features, importance, MergingSettings(outer_method=method, **CASES[1]), keys=keys)
+    merged.embeddings.sum().backward()
+    matrix = merged.apply(torch.eye(merged.num_input_tokens).view(FRAMES, -1, merged.num_input_tokens))
+    expected = matrix.sum(0).view(FRAMES, -1)
+    torch.testing.assert_close(features.grad, expected[..., None].expand_as(features), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("exact", [False, True])
 def test_another_order_is_the_same_merge(method, exact):
     features, importance, keys, _ = draw(seed=6)

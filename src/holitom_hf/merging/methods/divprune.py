@@ -13,7 +13,6 @@ from ..video_tokens import VideoTokens
 BLOCK_BYTES = 256 * 2**20
 
 
-@torch.no_grad()
 def merge_divprune(video: VideoTokens, config) -> MergedVideo:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one, as they are. With d(i, j) = 1 - cosine similarity, over all
@@ -29,7 +28,7 @@ def merge_divprune(video: VideoTokens, config) -> MergedVideo:
     square of the tokens, products with chosen ones are computed anew.
     """
     num_kept = kept_tokens(video, config)
-    unit = F.normalize(video.features.flatten(0, 1).float(), dim=-1)  # (N, D)
+    unit = F.normalize(video.features.detach().flatten(0, 1).float(), dim=-1)  # (N, D)
     index = nearest_distance(unit).argmax()[None]
     nearest = unit.new_full((len(unit),), torch.inf)  # to what is chosen; -1: is chosen
     for step in range(num_kept):

@@ -14,7 +14,6 @@ from ..video_tokens import VideoTokens
 WINDOW = 4
 
 
-@torch.no_grad()
 def merge_dycoke(video: VideoTokens, config) -> MergedVideo:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one, as they are, in ascending position.
@@ -50,7 +49,7 @@ def merge_dycoke(video: VideoTokens, config) -> MergedVideo:
     earlier, is_later = on_device(
         [[f - o + (o & (o - 1)) if o else f for f, o in enumerate(places)], [o > 0 for o in places]], device
     )
-    tokens = video.features.float()
+    tokens = video.features.detach().float()
     similarity = F.cosine_similarity(tokens, tokens[earlier], dim=-1)  # (F, T)
     later = apportion(is_later, is_later * tokens_per_frame, num_kept - num_first * tokens_per_frame, tokens_per_frame)
     counts = torch.where(is_later > 0, later, tokens_per_frame)

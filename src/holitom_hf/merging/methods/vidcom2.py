@@ -19,7 +19,6 @@ TEMPERATURE = 0.01
 STEP = 2.0**-16
 
 
-@torch.no_grad()
 def merge_vidcom2(video: VideoTokens, config) -> MergedVideo:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one, as they are. With x the tokens of unit length in half of the
@@ -39,7 +38,7 @@ def merge_vidcom2(video: VideoTokens, config) -> MergedVideo:
     of rows without a token go with them.
     """
     num_frames, tokens_per_frame = video.num_frames, video.tokens_per_frame
-    tokens = video.features.float()
+    tokens = video.features.detach().float()
     variance = tokens.flatten(0, 1).var(0, unbiased=False)  # (D,)
     channels = variance.argsort(stable=True)[: max(1, int(len(variance) * CHANNEL_SHARE))]
     unit = F.normalize(tokens[..., channels], dim=-1)
