@@ -23,7 +23,7 @@ def transition_segments(features: torch.Tensor, threshold: float, min_segments: 
     Returns:
         Half-open frame ranges.
 
-    Source: DySeg of FastVID (arXiv 2503.11187), section 3.2, which FlashVID (arXiv 2602.08024) has, too.
+    Source: DySeg of FastVID (arXiv 2503.11187), which FlashVID (arXiv 2602.08024) has, too.
     """
     unit = F.normalize(features.detach().float().mean(1), dim=-1)  # (F, D)
     similarity = (unit[:-1] * unit[1:]).sum(-1).tolist()

@@ -23,7 +23,7 @@ def merge_divprune(video: VideoTokens, config) -> MergedVideo:
         video: Its tokens; nothing but their features matters.
         config: The settings; R is `retention_ratio`.
 
-    Source: DivPrune (arXiv 2503.02175), section 3.2 and algorithm 1, and `LLaVA/llava/model/llava_arch.py` of
+    Source: DivPrune (arXiv 2503.02175), `LLaVA/llava/model/llava_arch.py` of
     vbdi/divprune. What differs: no token is chosen twice where all distances are 0; memory does not grow with the
     square of the tokens, products with chosen ones are computed anew.
     """

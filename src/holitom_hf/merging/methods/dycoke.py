@@ -30,7 +30,7 @@ def merge_dycoke(video: VideoTokens, config) -> MergedVideo:
         video: Its tokens; nothing but their features matters.
         config: The settings; R is `retention_ratio`.
 
-    Source: DyCoke (arXiv 2411.15024), section 3.2 (token merging over time), and `llava/model/llava_arch.py` of
+    Source: DyCoke (arXiv 2411.15024), its token merging over time, `llava/model/llava_arch.py` of
     KD-TAO/DyCoke; the second stage, which prunes the cache while decoding, is not built. What differs: windows below
     25 %, which are ours; all windows are treated alike (the published loop leaves the third frame of the last window
     whole, and drops a last frame that has no second); kept tokens stand in their order.

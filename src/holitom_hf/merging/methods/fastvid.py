@@ -40,7 +40,7 @@ def merge_fastvid(video: VideoTokens, config) -> MergedVideo:
         video: Its tokens, with `importance`.
         config: The settings; R is `retention_ratio`.
 
-    Source: FastVID (arXiv 2503.11187), section 3, and `modeling_qwen2.py` of LunarShen/FastVID, whose constants for
+    Source: FastVID (arXiv 2503.11187), `modeling_qwen2.py` of LunarShen/FastVID, whose constants for
     LLaVA-OneVision these are. What differs: frames are compared by the mean of their tokens, and importance is the
     vision tower's attention, where FastVID has the pooling head of SigLIP, which video models come without; n is
     not rounded down in every frame, so that the budget is met; anchor frames have at most what is left in them (above

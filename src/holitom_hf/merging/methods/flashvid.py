@@ -42,10 +42,10 @@ def merge_flashvid(video: VideoTokens, config) -> MergedVideo:
             layer 20 on: `retention_ratio=1.25 * R`, `inner_method="prune"`, `inner_merge_layer=20`,
             `inner_merge_ratio=0.7`.
 
-    Source: FlashVID (arXiv 2602.08024), section 3, and `flashvid/utils.py` and `flashvid/token_selection.py` (the
+    Source: FlashVID (arXiv 2602.08024), `flashvid/utils.py` and `flashvid/token_selection.py` (the
     selection "attn_div_v2" of its scripts) of Fanziyang-v/FlashVID, whose constants these are. What differs: budgets
-    are met exactly (there they are rounded up for every frame); a tree is the mean of all of its tokens, as the paper
-    has it (the published loop divides by the number of a root's own children); in segments of one frame the selected
+    are met exactly (there they are rounded up for every frame); a tree is the mean of all of its tokens
+    (the published loop divides by the number of a root's own children); in segments of one frame the selected
     tokens are no trees either; no token is selected twice; nothing is random.
     """
     num_frames, tokens_per_frame, device = video.num_frames, video.tokens_per_frame, video.features.device

@@ -27,7 +27,7 @@ def merge_holitom_stop(video: VideoTokens, config) -> MergedVideo:
         video: Its tokens, with `importance`.
         config: The settings, as for HoliTom.
 
-    Source: SToP (arXiv 2604.20937) and `pruning/holitom/llava_arch.py` and `eval/utils/config.py` of rlqja1107/SToP,
+    Source: SToP (arXiv 2604.20937), `pruning/holitom/llava_arch.py` and `eval/utils/config.py` of rlqja1107/SToP,
     whose constants these are, chosen there for R = 10 %. What differs: 0.04 is in units of 729 times the mean
     importance, which is 1 for the tower of LLaVA-OneVision; the share of tokens that is kept follows from the static
     tokens that there are (there from those without the score), so that budgets are alike; the threshold is the

@@ -32,7 +32,7 @@ def merge_unicomp(video: VideoTokens, config) -> MergedVideo:
         video: Its tokens, with `keys`, which come with the importance; without, their features are compared.
         config: The settings; R is `retention_ratio`.
 
-    Source: UniComp (arXiv 2512.03575), section 3, and `unicomp/llava_arch.py` of TimeMarker-LLM/UniComp, whose
+    Source: UniComp (arXiv 2512.03575), `unicomp/llava_arch.py` of TimeMarker-LLM/UniComp, whose
     constants these are. What differs: groups are compared by the mean of their tokens, where it has the pooling head
     of SigLIP; a group has one frame less at most, so that the budget can be met; shares are rounded to the budget's
     sum, and where unique tokens are fewer the rest is filled up, where it keeps fewer; no line break is put after a

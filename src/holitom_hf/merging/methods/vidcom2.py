@@ -32,7 +32,7 @@ def merge_vidcom2(video: VideoTokens, config) -> MergedVideo:
         video: Its tokens; nothing but their features matters.
         config: The settings; R is `retention_ratio`.
 
-    Source: VidCom2 (arXiv 2505.14454), section 3, and `token_compressor/vidcom2/vidcom2.py` of
+    Source: VidCom2 (arXiv 2505.14454), `token_compressor/vidcom2/vidcom2.py` of
     xuyang-liu16/VidCom2, whose constants these are. What differs: arithmetic is float32; shares are rounded so that
     they sum up to the budget (there each on its own), with one token for each frame where there are enough; newlines
     of rows without a token go with them.
