@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..budgets import kept_tokens
+from ..apportionment import kept_tokens
 from ..merged_video import MergedVideo, take_tokens
 from ..spatial import masked_positions
 from ..video_tokens import VideoTokens

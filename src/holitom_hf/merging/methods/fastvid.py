@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ..budgets import apportion, evenly, kept_tokens
+from ..apportionment import apportion, evenly, kept_tokens
 from ..density import density_peaks
 from ..host_numbers import on_device
 from ..merged_video import MergedVideo, take_tokens

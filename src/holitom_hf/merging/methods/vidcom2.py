@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..budgets import apportion, kept_tokens
+from ..apportionment import apportion, kept_tokens
 from ..merged_video import MergedVideo, take_tokens
 from ..spatial import masked_positions, select_tokens
 from ..video_tokens import VideoTokens

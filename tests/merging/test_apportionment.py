@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from holitom_hf.merging.budgets import apportion, evenly
+from holitom_hf.merging.apportionment import apportion, evenly
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, 17, 40])
