@@ -32,9 +32,8 @@ class Method:
         group: `"published"`, `"ours"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared
             with it alone).
         short_name: What `holitom-hf evaluate --methods` calls it, where that is not its name.
-        needs_importance, needs_question: Whether it looks at these of [`VideoTokens`], whatever the settings are.
-        flops: Operations of its matrix products, as torch counts them; `None` where it has none or they depend on
-            the video.
+        needs_importance, needs_question: Whether it looks at these of a video, whatever the settings are.
+        flops: Of its matrix products, as torch counts; `None`: it has none, or they depend on the video.
         fields: Settings that it is meant to be used with; what compares methods sets them.
     """
 
@@ -48,8 +47,8 @@ class Method:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def _compared(name: str, label: str, has: str = "", *values, **fields) -> tuple[str, Method]:
-    """A row whose functions are looked up in the file of its name; `has` may name importance, question and flops."""
+def _other(name: str, label: str, has: str = "", *values, **fields) -> tuple[str, Method]:
+    """What is there to compare with, looked up when used. `has` may name importance, question and flops."""
     merge, flops = (of_package(f"merging.methods.{name}", each) for each in (f"merge_{name}", f"{name}_flops"))
     needs = {f"needs_{what}": what in has for what in ("importance", "question")}
     return name, Method(merge, label, *values, **needs, flops=flops if "flops" in has else None, fields=fields)
@@ -68,20 +67,20 @@ METHODS = {
     ),
 }
 METHODS |= (
-    _compared("fixed_windows", "HoliTom over fixed windows", "importance", "ablation"),
-    _compared("visionzip", "VisionZip", "importance, flops"),
-    _compared("vidcom2", "VidCom2"),
-    _compared("divprune", "DivPrune", "flops"),
-    _compared("dycoke", "DyCoke's merging over time"),
-    _compared("fastvid", "FastVID", "importance, flops", position_ids="kept"),
-    _compared("flashvid", "FlashVID", "importance, flops"),
-    _compared("unicomp", "UniComp", "importance, flops"),
-    _compared("holitom_stop", "HoliTom with SToP", "importance"),
-    _compared("temporal_pooling", "means over time (STORM)"),
-    _compared("question_tokens", "tokens like the question", "question, flops", "control", "question"),
-    _compared("video_farthest_points", "farthest points of the video", "flops", "control", "farthest-video"),
-    _compared("frame_subsampling", "fewer frames", "", "control", "frames"),
-    _compared("random_tokens", "random tokens", "", "control", "random"),
-    _compared("regular_grid", "regular grid", "", "control", "grid"),
-    _compared("average_pooling", "average pooling", "", "control", "pooling"),
+    _other("fixed_windows", "HoliTom over fixed windows", "importance", "ablation"),
+    _other("visionzip", "VisionZip", "importance flops"),
+    _other("vidcom2", "VidCom2"),
+    _other("divprune", "DivPrune", "flops"),
+    _other("dycoke", "DyCoke, over time"),
+    _other("fastvid", "FastVID", "importance flops", position_ids="kept"),
+    _other("flashvid", "FlashVID", "importance flops"),
+    _other("unicomp", "UniComp", "importance flops"),
+    _other("holitom_stop", "HoliTom with SToP", "importance"),
+    _other("temporal_pooling", "means over time (STORM)"),
+    _other("question_tokens", "tokens like the question", "question flops", "control", "question"),
+    _other("video_farthest_points", "farthest points of the video", "flops", "control", "farthest-video"),
+    _other("frame_subsampling", "fewer frames", "", "control", "frames"),
+    _other("random_tokens", "random tokens", "", "control", "random"),
+    _other("regular_grid", "regular grid", "", "control", "grid"),
+    _other("average_pooling", "average pooling", "", "control", "pooling"),
 )
