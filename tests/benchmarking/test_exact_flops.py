@@ -122,7 +122,11 @@ def test_what_holitom_adds_has_the_operations_that_torch_counts(game):
     assert fold == inner_merging_flops(text, 40, [(10, 16)], is_folding=True) - query
 
 
-@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.group != "ablation" and name != "holitom"])
+# Those of HoliTom's own stages depend on the video.
+OTHERS = [name for name, m in METHODS.items() if m.group != "ablation" and name not in ("holitom", "holitom_stop")]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.6])
 def test_other_methods_have_the_operations_that_torch_counts(name, ratio):
     random = torch.Generator().manual_seed(0)

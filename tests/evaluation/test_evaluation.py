@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 
+from holitom_hf import HoliTomConfig
 from holitom_hf.answering.answerer import Answerer
 from holitom_hf.apps.command_line.app import app
 from holitom_hf.bundled import BUNDLED_MODEL
@@ -511,6 +512,12 @@ def test_a_set_of_the_split_and_seed_that_are_asked_for_is_drawn(folder, tmp_pat
         assert result.exit_code == 0, result.output
         [drawn] = out.glob("*/questions.jsonl")
         assert json.loads(drawn.read_text())["video"] == f"{split}-{seed}-0000.mp4"
+
+
+def test_all_methods_have_one_word():
+    runs = method_runs(HoliTomConfig(), ["all"], [0.2])
+    assert [run.method for run in runs] == ["full", *ROWS]
+    assert {"vidcom2", "divprune", "dycoke", "fastvid", "flashvid", "unicomp", "holitom_stop"} < set(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,12 @@ def full_run(own: HoliTomConfig) -> Run:
 
 def method_runs(own: HoliTomConfig, methods: list[str], ratios: list[float]) -> list[Run]:
     """
-    Every method at every ratio, after the uncompressed model.
+    Every method at every ratio, after the uncompressed model; `"all"` stands for all of [`ROWS`].
 
     Raises:
         ValueError: If a method is not one of [`ROWS`] or a ratio is out of range.
     """
+    methods = list(ROWS) if "all" in methods else methods
     unknown = [name for name in methods if name not in ROWS]
     if unknown:
         raise ValueError(f"there is no method {', '.join(unknown)}; choose from {', '.join(ROWS)}")

@@ -1,8 +1,7 @@
 """
 What can shorten a video before the decoder, by name: the one list of methods.
 
-A new method is a file in `methods/` and a line here. Settings accept its name, and the evaluation compares it.
-Checkpoints carry the files that are imported at the top; what is there for comparison alone is looked up when used.
+A new method is a file in `methods/` and a line here. Checkpoints carry the files that are imported at the top.
 """
 
 from __future__ import annotations
@@ -33,10 +32,8 @@ class Method:
         group: `"published"`, `"ours"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared
             with it alone).
         short_name: What `holitom-hf evaluate --methods` calls it, where that is not its name.
-        needs_importance: Whether it looks at [`VideoTokens.importance`] whatever the settings are.
-        needs_question: Whether it looks at [`VideoTokens.question`].
-        flops: Its matrix products, two operations for a multiplication and an addition as torch counts them, from the
-            sizes of a [`VideoTokens`] and the settings; `None` where it has none or they depend on the video.
+        needs_importance, needs_question: Whether it looks at these of a video, whatever the settings are.
+        flops: Of its matrix products, as torch counts; `None`: it has none, or they depend on the video.
         fields: Settings that it is meant to be used with; what compares methods sets them.
     """
 
@@ -50,9 +47,11 @@ class Method:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def _control(method: str, function: str | None = None) -> Callable:
-    """A function of a method that is there to compare with; by default the one that merges."""
-    return of_package(f"merging.methods.{method}", function or f"merge_{method}")
+def _other(name: str, label: str, has: str = "", *values, **fields) -> tuple[str, Method]:
+    """What is there to compare with, looked up when used. `has` may name importance, question and flops."""
+    merge, flops = (of_package(f"merging.methods.{name}", each) for each in (f"merge_{name}", f"{name}_flops"))
+    needs = {f"needs_{what}": what in has for what in ("importance", "question")}
+    return name, Method(merge, label, *values, **needs, flops=flops if "flops" in has else None, fields=fields)
 
 
 METHODS = {
@@ -66,31 +65,22 @@ METHODS = {
         flops=of_package("merging.products", "farthest_points_flops"),
         fields={"position_ids": "kept", "proportional_attention": True, "similarity_threshold": 1.0},
     ),
-    "question_tokens": Method(
-        _control("question_tokens"),
-        "tokens like the question",
-        "control",
-        "question",
-        needs_importance=False,
-        needs_question=True,
-        flops=_control("question_tokens", "question_tokens_flops"),
-    ),
-    "fixed_windows": Method(_control("fixed_windows"), "HoliTom over fixed windows", "ablation"),
-    "visionzip": Method(_control("visionzip"), "VisionZip", flops=_control("visionzip", "visionzip_flops")),
-    "video_farthest_points": Method(
-        _control("video_farthest_points"),
-        "farthest points of the video",
-        "control",
-        "farthest-video",
-        needs_importance=False,
-        flops=_control("video_farthest_points", "video_farthest_points_flops"),
-    ),
-    "frame_subsampling": Method(
-        _control("frame_subsampling"), "fewer frames", "control", "frames", needs_importance=False
-    ),
-    "random_tokens": Method(_control("random_tokens"), "random tokens", "control", "random", needs_importance=False),
-    "regular_grid": Method(_control("regular_grid"), "regular grid", "control", "grid", needs_importance=False),
-    "average_pooling": Method(
-        _control("average_pooling"), "average pooling", "control", "pooling", needs_importance=False
-    ),
 }
+METHODS |= (
+    _other("fixed_windows", "HoliTom over fixed windows", "importance", "ablation"),
+    _other("visionzip", "VisionZip", "importance flops"),
+    _other("vidcom2", "VidCom2"),
+    _other("divprune", "DivPrune", "flops"),
+    _other("dycoke", "DyCoke, over time"),
+    _other("fastvid", "FastVID", "importance flops", position_ids="kept"),
+    _other("flashvid", "FlashVID", "importance flops"),
+    _other("unicomp", "UniComp", "importance flops"),
+    _other("holitom_stop", "HoliTom with SToP", "importance"),
+    _other("temporal_pooling", "means over time (STORM)"),
+    _other("question_tokens", "tokens like the question", "question flops", "control", "question"),
+    _other("video_farthest_points", "farthest points of the video", "flops", "control", "farthest-video"),
+    _other("frame_subsampling", "fewer frames", "", "control", "frames"),
+    _other("random_tokens", "random tokens", "", "control", "random"),
+    _other("regular_grid", "regular grid", "", "control", "grid"),
+    _other("average_pooling", "average pooling", "", "control", "pooling"),
+)

@@ -72,7 +72,7 @@ def questions(
 @app.command(cls=ManyValues)
 def evaluate(
     model: Model = BUNDLED_NAME,
-    methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; default: all.")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; all, the default: every one.")] = None,
     preset: Annotated[list[str] | None, typer.Option(help="Rows of these presets or JSON files.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option(help="Rows of the model's settings with these fields of JSON in their place.")

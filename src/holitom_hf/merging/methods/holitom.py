@@ -17,7 +17,7 @@ CLUSTERED_BYTES = {"cpu": 8 * 2**20}
 CLUSTERED_BYTES_ELSEWHERE = 256 * 2**20
 
 
-def merge_holitom(video: VideoTokens, config, segments: list[tuple[int, int]] | None = None) -> MergedVideo:
+def merge_holitom(video: VideoTokens, config, segments=None, similarity=None) -> MergedVideo:
     """
     Stages 1 and 2 (sections 3.1 and 3.2).
 
@@ -26,14 +26,15 @@ def merge_holitom(video: VideoTokens, config, segments: list[tuple[int, int]] | 
     Args:
         video: Its tokens, with `importance`.
         config: The settings.
-        segments: Half-open frame ranges in place of those that stage 1 would choose.
+        segments, similarity: Half-open frame ranges and (F-1, T) in place of stage 1's.
     """
     features, num_frames, tokens_per_frame = video.features, video.num_frames, video.tokens_per_frame
     num_tokens = num_frames * tokens_per_frame
     device = features.device
 
     # Stage 1.
-    runs = similarity_runs(frame_similarity(features), config.similarity_threshold)
+    alike = frame_similarity(features) if similarity is None else similarity
+    runs = similarity_runs(alike, config.similarity_threshold)
     static_counts = count_static_tokens(runs).cpu()
     segments = segments or choose_segments(static_counts, config.max_segment_frames)[0]
 

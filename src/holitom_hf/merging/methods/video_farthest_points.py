@@ -8,7 +8,6 @@ from ..spatial import masked_positions
 from ..video_tokens import VideoTokens
 
 
-@torch.no_grad()
 def merge_video_farthest_points(video: VideoTokens, config) -> MergedVideo:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one, as they are: first the one most like the mean of all, then
@@ -23,7 +22,7 @@ def merge_video_farthest_points(video: VideoTokens, config) -> MergedVideo:
     Source: the greedy max-min choice of DivPrune (arXiv 2503.02175), whose first token is another one.
     """
     num_kept = max(1, round(video.num_frames * video.tokens_per_frame * config.retention_ratio))
-    unit = F.normalize(video.features.flatten(0, 1).float(), dim=-1)  # (F * T, D)
+    unit = F.normalize(video.features.detach().flatten(0, 1).float(), dim=-1)  # (F * T, D)
     likeness = -(unit @ unit.mean(0))
     is_kept = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
     for step in range(num_kept):
