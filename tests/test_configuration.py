@@ -188,14 +188,21 @@ PRESETS = PAPER | {
         "inner_merge_layer": None,
     },
 }
+QWEN_LAYERS = {
+    "qwen2.5-vl-7b": 18,
+    "qwen3-vl-8b": 23,
+    "qwen3-vl-30b-a3b": 31,
+    "qwen3.5-9b": 20,
+    "qwen3.5-35b-a3b": 24,
+}
 PRESETS |= {
     f"{model}-r{percent}": {"retention_ratio": percent / 100, "inner_merge_layer": layer, "position_ids": "kept"}
-    for model, layer in (("qwen2.5-vl-7b", 18), ("qwen3-vl-8b", 23), ("qwen3.5-9b", 20))
+    for model, layer in QWEN_LAYERS.items()
     for percent in (25, 15)
 }
 FAST = ("llava-onevision-7b-r15", "llava-onevision-7b-r10", "llava-onevision-0.5b-r15")
 FAST += ("farthest-points-r15", "farthest-points-r10")
-FAST += tuple(f"{model}-r{percent}" for model in ("qwen2.5-vl-7b", "qwen3-vl-8b") for percent in (25, 15))
+FAST += tuple(f"{model}-r{percent}" for model in QWEN_LAYERS for percent in (25, 15))
 PRESETS |= {f"{name}-fast": PRESETS[name] | {"vision_reuse_layer": 2} for name in FAST}
 
 

@@ -231,6 +231,19 @@ def test_packed_rows_equal_overwriting_after_every_block(family, seed, guard, la
         assert_equal_to(found, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_5_moe"])
+@torch.no_grad()
+def test_towers_before_decoders_with_experts_leave_out_the_same(name):
+    family, inputs, settings = FAMILIES[name], random_videos(), replace(qwen.ON, **REUSE)
+    model = make_model(family)
+    expected = overwritten(upstream_of(family, model), inputs, settings)
+    assert any(0.05 < video.repeats.float().mean() < 0.95 for video in expected)
+    found = model.get_video_features(**inputs, holitom_config=settings)
+    assert_equal_to(found, expected, atol=2e-5, rtol=1e-5)
+    for received, video in zip(found.importance, expected, strict=True):
+        torch.testing.assert_close(received, video.importance()[0], atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("blocks", [[], [1]])
 @torch.no_grad()
 def test_other_numbers_of_deepstack_layers(blocks):
