@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from transformers import LlavaOnevisionConfig
+from transformers.utils import logging
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig
 
@@ -112,6 +113,18 @@ def test_a_bad_value_is_refused_when_assigned_and_changes_nothing():
 def test_an_unknown_field_is_the_same_error_however_it_is_set(make):
     with pytest.raises(ValueError, match=r"HoliTomConfig has no field 'tau'; its fields are .*similarity_threshold"):
         make()
+
+
+def test_a_vision_method_without_a_layer_says_once_that_it_does_nothing(caplog):
+    logging.get_logger("holitom_hf.configuration").warning_once.cache_clear()
+    message = "vision_method='tome' does nothing where vision_reuse_layer is None"
+    with caplog.at_level("WARNING", logger="holitom_hf.configuration"):
+        HoliTomConfig(vision_method="tome", vision_reuse_layer=1)
+        HoliTomConfig(vision_retention_ratio=0.4)
+        assert not caplog.messages
+        HoliTomLlavaOnevisionConfig(**SMALL, holitom_config={"vision_method": "tome"})
+        HoliTomConfig.from_dict({"vision_method": "tome"})
+        assert caplog.messages == [message]
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import cached_file
 
 from .merging.settings import MergingSettings
+from .merging.vision_methods import REUSE
 from .presets import preset_files
 
 
+logger = logging.get_logger(__name__)
 HOLITOM_CONFIG_NAME = "holitom_config.json"
 
 
@@ -44,6 +46,11 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
         "base_model_name_or_path": check_string,
         "base_model_revision": check_string,
     }
+
+    def __post_init__(self):
+        """Says where a setting has no effect."""
+        if self.vision_method != REUSE and not self.has_vision_stage:
+            logger.warning_once(f"vision_method={self.vision_method!r} does nothing where vision_reuse_layer is None")
 
     @classmethod
     def coerce(

@@ -322,6 +322,15 @@ def test_bench_measures_qwen_at_a_size_that_is_asked(arch, tmp_path, monkeypatch
         (["bench", "--device", "abacus"], "there is no device 'abacus'"),
         (["bench", "--compare", "nowhere.json"], "nowhere.json"),
         (["flops", "--model", "7b", "--retention-ratio", "0"], "retention_ratio"),
+        (
+            ["flops", "--model", "qwen3.5-9b", "--preset", "qwen3-vl-8b-r15"],
+            "is 23, but the layer before it has no attention over all positions: choose one of 4, 8, 12, 16, 20",
+        ),
+        (
+            ["flops", "--model", "qwen3-vl-8b", "--preset", "llava-video-7b-r15"],
+            "'row' is for models like LLaVA",
+        ),
+        (["flops", "--model", "tiny", "--preset", "llava-onevision-7b-r15"], "but the decoder has 8 layers"),
         (["scaling", "nowhere", "--frames", "8"], "growth needs two or more numbers of frames"),
     ],
 )

@@ -522,8 +522,11 @@ def test_operations_are_those_that_torch_counts(model, needs_importance):
 
 @pytest.mark.parametrize("method", ["frames", "tome"])
 def test_other_vision_methods_are_llavas(family, model, method):
-    with pytest.raises(ValueError, match=rf"'{method}' is for .*LLaVA-OneVision alone: with Qwen.*choose 'reuse'"):
+    message = rf"'{method}' is for .*LLaVA-OneVision alone: with Qwen.*choose 'reuse'"
+    with pytest.raises(ValueError, match=message):
         model.get_video_features(**random_videos(), holitom_config=REUSE | {"vision_method": method})
+    with pytest.raises(ValueError, match=message):
+        encoder_operations(model.config, 4, settings=replace(qwen.ON, **REUSE, vision_method=method))
 
 
 def test_settings_that_do_not_fit_the_tower_say_so(model):

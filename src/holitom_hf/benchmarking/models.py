@@ -97,6 +97,17 @@ def random_models(
     return {"plain": theirs.eval(), "holitom": ours.eval()}
 
 
+def check_loads(config) -> None:
+    """
+    Raises what loading a model would raise, such as a `ValueError` for a layer that stage 3 can't run before.
+
+    Args:
+        config: Of ours. A model of it is made, without memory for its weights.
+    """
+    with torch.device("meta"):
+        backbone_class(config.backbone, "model")(config)
+
+
 def contest(
     config,
     num_frames: int,

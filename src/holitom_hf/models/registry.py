@@ -4,6 +4,7 @@ The one list of backbones. A new one is a folder beside this file, with `backbon
 """
 
 import importlib
+import os
 
 from ..checkpoints.backbone import Backbone
 
@@ -49,6 +50,27 @@ def encoder_operations(config, *args, **kwargs):
     return module.encoder_operations(config, *args, **kwargs)
 
 
+def check_processor(processor: type, checkpoint: str | os.PathLike, kwargs: dict) -> None:
+    """
+    Raises a `ValueError` if a checkpoint is of another backbone of ours than a processor is.
+
+    Args:
+        processor: A class with a `backbone`.
+        checkpoint: Folder or Hub repository.
+        kwargs: Of `from_pretrained`: where and how to download.
+    """
+    from ..checkpoints.checkpoint import HUB_KWARGS
+
+    place = {name: kwargs[name] for name in (*HUB_KWARGS, "revision", "subfolder") if name in kwargs}
+    other = backbones().get(_model_type(checkpoint, place))
+    # By name: as remote code a backbone exists once more.
+    if other is not None and other.model_type != processor.backbone.model_type:
+        raise ValueError(
+            f"{processor.__name__} is for {processor.backbone.title}; {checkpoint} is a {other.model_type!r} "
+            f"checkpoint ({other.title}): use {other.processor}"
+        )
+
+
 def backbone_of(checkpoint: str, **kwargs) -> Backbone:
     """
     The backbone of a checkpoint, ours or upstream's.
@@ -61,10 +83,7 @@ def backbone_of(checkpoint: str, **kwargs) -> Backbone:
         OSError: If its configuration can't be read.
         ValueError: If it is none of ours.
     """
-    from transformers import PreTrainedConfig
-
-    model_type = PreTrainedConfig.get_config_dict(checkpoint, **kwargs)[0].get("model_type")
-    known = backbones()
+    model_type, known = _model_type(checkpoint, kwargs), backbones()
     if model_type == ORIGINAL_TYPE:
         raise ValueError(
             f"{checkpoint} is as LLaVA's authors published it ({model_type!r}): write one that loads with "
@@ -74,3 +93,9 @@ def backbone_of(checkpoint: str, **kwargs) -> Backbone:
         ours = " or ".join(f"{backbone.model_type!r} checkpoint ({backbone.title})" for backbone in known.values())
         raise ValueError(f"HoliTom needs a {ours}; this one is {model_type!r}")
     return known[model_type]
+
+
+def _model_type(checkpoint: str | os.PathLike, kwargs: dict) -> str | None:
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(checkpoint, **kwargs)[0].get("model_type")

@@ -147,6 +147,7 @@ def flops(
         quiet()
         from ...benchmarking.architectures import architecture, usual_frames
         from ...benchmarking.exact_flops import compare_flops
+        from ...benchmarking.models import check_loads
         from ...benchmarking.report import flops_table
         from ...merging.registry import METHODS
         from ...models.registry import backbone_class, backbone_of
@@ -158,7 +159,7 @@ def flops(
             config = backbone_class(backbone_of(name, **hub), "config").from_pretrained(name, **options, **hub)
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio
-        config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
+        check_loads(config)
         frames = frames or usual_frames(config)
         print(flops_table(*compare_flops(config, frames, text_tokens, redundancy, computed, size)))
         print(
