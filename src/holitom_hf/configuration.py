@@ -10,7 +10,6 @@ from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import cached_file
 
 from .merging.settings import MergingSettings
-from .merging.vision_methods import REUSE
 from .presets import preset_files
 
 
@@ -49,8 +48,8 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
 
     def __post_init__(self):
         """Says where a setting has no effect."""
-        if self.vision_method != REUSE and not self.has_vision_stage:
-            logger.warning_once(f"vision_method={self.vision_method!r} does nothing where vision_reuse_layer is None")
+        if self.vision_method != type(self).vision_method and not self.has_vision_stage:
+            logger.warning_once("vision_method does nothing where vision_reuse_layer is None")
 
     @classmethod
     def coerce(

@@ -328,7 +328,7 @@ def test_bench_measures_qwen_at_a_size_that_is_asked(arch, tmp_path, monkeypatch
         ),
         (
             ["flops", "--model", "qwen3-vl-8b", "--preset", "llava-video-7b-r15"],
-            "'row' is for models like LLaVA",
+            "'row' is for LLaVA",
         ),
         (["flops", "--model", "tiny", "--preset", "llava-onevision-7b-r15"], "but the decoder has 8 layers"),
         (["scaling", "nowhere", "--frames", "8"], "growth needs two or more numbers of frames"),

@@ -47,10 +47,8 @@ class HoliTomConfigMixin:
         for name in self.backbone.fixed_settings:
             value, only = getattr(settings, name), getattr(HoliTomConfig, name)
             if value != only:
-                raise ValueError(
-                    f"{name} {value!r} is for models like LLaVA-OneVision alone: with {self.backbone.title} choose "
-                    f"{only!r}"
-                )
+                title = self.backbone.title
+                raise ValueError(f"{name} {value!r} is for LLaVA-OneVision alone: with {title} choose {only!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Overrides PreTrainedConfig.to_dict: the settings become a dictionary, too."""

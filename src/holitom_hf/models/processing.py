@@ -1,7 +1,7 @@
 """What the processors of all backbones have in common: files are decoded here, and saved files load as upstream's."""
 
-import contextlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -238,7 +238,7 @@ class HoliTomProcessorMixin:
         Raises:
             ValueError: If the checkpoint is of another backbone; the message names its processor.
         """
-        with contextlib.suppress(ImportError):  # a checkpoint's own code knows of no other backbone
+        with suppress(ImportError):  # a checkpoint's own code knows of no other backbone
             check_processor(cls, pretrained_model_name_or_path, kwargs)
         base, revision = base_model_of(pretrained_model_name_or_path, kwargs)
         if base is not None:
