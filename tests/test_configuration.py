@@ -117,7 +117,7 @@ def test_an_unknown_field_is_the_same_error_however_it_is_set(make):
 
 def test_a_vision_method_without_a_layer_says_once_that_it_does_nothing(caplog):
     logging.get_logger("holitom_hf.configuration").warning_once.cache_clear()
-    message = "vision_method does nothing where vision_reuse_layer is None"
+    message = "vision_method does nothing without vision_reuse_layer"
     with caplog.at_level("WARNING", logger="holitom_hf.configuration"):
         HoliTomConfig(vision_method="tome", vision_reuse_layer=1)
         HoliTomConfig(vision_retention_ratio=0.4)

@@ -49,7 +49,7 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
     def __post_init__(self):
         """Says where a setting has no effect."""
         if self.vision_method != type(self).vision_method and not self.has_vision_stage:
-            logger.warning_once("vision_method does nothing where vision_reuse_layer is None")
+            logger.warning_once("vision_method does nothing without vision_reuse_layer")
 
     @classmethod
     def coerce(

@@ -15,9 +15,7 @@ CITATION = """\
 }"""
 
 
-SAVINGS = """\
-At the ratios below, for the video's tokens alone, by the paper's formula for the decoder; what is really kept follows
-from the video."""
+SAVINGS = "Of the video's tokens, at the ratios below, by the paper's formula."
 
 
 def model_card(config, is_config_only: bool, repo_id: str = "user/repo") -> str:
