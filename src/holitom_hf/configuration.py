@@ -13,7 +13,6 @@ from .merging.settings import MergingSettings
 from .presets import preset_files
 
 
-logger = logging.get_logger(__name__)
 HOLITOM_CONFIG_NAME = "holitom_config.json"
 
 
@@ -49,7 +48,7 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
     def __post_init__(self):
         """Says where a setting has no effect."""
         if self.vision_method != type(self).vision_method and not self.has_vision_stage:
-            logger.warning_once("vision_method does nothing without vision_reuse_layer")
+            logging.get_logger(__name__).warning_once("vision_method does nothing without vision_reuse_layer")
 
     @classmethod
     def coerce(

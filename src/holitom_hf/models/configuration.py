@@ -45,9 +45,8 @@ class HoliTomConfigMixin:
     def check_settings(self, settings: HoliTomConfig) -> None:
         """Raises a `ValueError` if settings ask for what this backbone has not, whatever its sizes."""
         for name in self.backbone.fixed_settings:
-            value, only = getattr(settings, name), getattr(HoliTomConfig, name)
+            value, only, title = getattr(settings, name), getattr(HoliTomConfig, name), self.backbone.title
             if value != only:
-                title = self.backbone.title
                 raise ValueError(f"{name} {value!r} is for LLaVA-OneVision alone: with {title} choose {only!r}")
 
     def to_dict(self) -> dict[str, Any]:
