@@ -15,7 +15,7 @@ CITATION = """\
 }"""
 
 
-SAVINGS = "Of the video's tokens, at the ratios below, by the paper's formula."
+SAVINGS = "Of the video's tokens, by the paper's formula."
 
 
 def model_card(config, is_config_only: bool, repo_id: str = "user/repo") -> str:
