@@ -196,12 +196,12 @@ def plain_inner_merge(hidden: torch.Tensor, importance: torch.Tensor, visual: li
     Stage 3 on (N, D), one folding after another. Returns the hidden states, the surviving indices, and for each
     removed index the one it is most like.
     """
-    num_kept = round(len(visual) * (1 - ratio))
+    num_kept = min(len(visual), max(1, round(len(visual) * (1 - ratio))))
     kept = sorted(sorted(visual, key=lambda i: (-float(importance[i]), i))[:num_kept])
     others = [i for i in visual if i not in kept]
     hidden = hidden.clone()
     unit = F.normalize(hidden.float(), dim=-1)
-    targets = {other: kept[int((unit[kept] @ unit[other]).argmax())] for other in others if kept}
+    targets = {other: kept[int((unit[kept] @ unit[other]).argmax())] for other in others}
     if fold:
         for other, target in targets.items():
             hidden[target] = (hidden[target] + hidden[other]) / 2

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from transformers import LlavaOnevisionConfig
+from transformers.utils import logging
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig
 
@@ -114,6 +115,18 @@ def test_an_unknown_field_is_the_same_error_however_it_is_set(make):
         make()
 
 
+def test_a_vision_method_without_a_layer_says_once_that_it_does_nothing(caplog):
+    logging.get_logger("holitom_hf.configuration").warning_once.cache_clear()
+    message = "vision_method does nothing without vision_reuse_layer"
+    with caplog.at_level("WARNING", logger="holitom_hf.configuration"):
+        HoliTomConfig(vision_method="tome", vision_reuse_layer=1)
+        HoliTomConfig(vision_retention_ratio=0.4)
+        assert not caplog.messages
+        HoliTomLlavaOnevisionConfig(**SMALL, holitom_config={"vision_method": "tome"})
+        HoliTomConfig.from_dict({"vision_method": "tome"})
+        assert caplog.messages == [message]
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     given = {"retention_ratio": np.float32(0.25), "similarity_threshold": np.float64(0.5)}
     config = HoliTomConfig(**given, max_segment_frames=np.int64(4), inner_merge_layer=np.uint8(2))
@@ -188,14 +201,21 @@ PRESETS = PAPER | {
         "inner_merge_layer": None,
     },
 }
+QWEN_LAYERS = {
+    "qwen2.5-vl-7b": 18,
+    "qwen3-vl-8b": 23,
+    "qwen3-vl-30b-a3b": 31,
+    "qwen3.5-9b": 20,
+    "qwen3.5-35b-a3b": 24,
+}
 PRESETS |= {
     f"{model}-r{percent}": {"retention_ratio": percent / 100, "inner_merge_layer": layer, "position_ids": "kept"}
-    for model, layer in (("qwen2.5-vl-7b", 18), ("qwen3-vl-8b", 23), ("qwen3.5-9b", 20))
+    for model, layer in QWEN_LAYERS.items()
     for percent in (25, 15)
 }
 FAST = ("llava-onevision-7b-r15", "llava-onevision-7b-r10", "llava-onevision-0.5b-r15")
 FAST += ("farthest-points-r15", "farthest-points-r10")
-FAST += tuple(f"{model}-r{percent}" for model in ("qwen2.5-vl-7b", "qwen3-vl-8b") for percent in (25, 15))
+FAST += tuple(f"{model}-r{percent}" for model in QWEN_LAYERS for percent in (25, 15))
 PRESETS |= {f"{name}-fast": PRESETS[name] | {"vision_reuse_layer": 2} for name in FAST}
 
 

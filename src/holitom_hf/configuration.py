@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import cached_file
 
 from .merging.settings import MergingSettings
@@ -44,6 +44,11 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
         "base_model_name_or_path": check_string,
         "base_model_revision": check_string,
     }
+
+    def __post_init__(self):
+        """Says where a setting has no effect."""
+        if self.vision_method != type(self).vision_method and not self.has_vision_stage:
+            logging.get_logger(__name__).warning_once("vision_method does nothing without vision_reuse_layer")
 
     @classmethod
     def coerce(

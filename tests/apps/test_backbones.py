@@ -115,6 +115,27 @@ def test_answer_about_smaller_frames_at_a_rate(folder, clips, answerer):
     assert height * width * 16 <= 2048
 
 
+def test_batch_and_pictures_take_smaller_frames_at_a_rate_as_answer_does(folder, clips, answerer, tmp_path):
+    options = ["--model", folder, "--fps", 1, "--max-pixels", 2048]
+    frames, height, width = answerer.processor.video_processor(
+        str(clips[0]), fps=1, max_pixels=2048, return_tensors="pt"
+    )["video_grid_thw"][0].tolist()
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "video": str(clips[0]), "question": "What?"}) + "\n")
+    batch = [tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--max-new-tokens", 2, "--workers", 0]
+    run("batch", *batch, *options)
+    [record] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (record["num_frames"], record["tokens_before"]) == (2 * frames, frames * height * width // 4)
+    told = run("visualize", clips[0], "-o", tmp_path / "a.html", *options).stdout
+    assert f"{frames * height * width // 4} tokens of " in told
+
+
+def test_a_frame_that_is_repeated_is_told(folder, clips):
+    options = ["--model", folder, "--max-new-tokens", 2]
+    odd = run("answer", clips[0], QUESTIONS[0], *options, "--frames", 5).stdout
+    assert "6 (the last of 5 repeated: this model takes frames in pairs)" in odd
+    assert "repeated" not in run("answer", clips[0], QUESTIONS[0], *options, "--frames", 6).stdout
+
+
 def test_a_prompt_that_does_not_fit_is_told_before_anything_is_computed(answerer, clips, monkeypatch):
     prepared = answerer.prepare(str(clips[0]), QUESTIONS[0], num_frames=6)
     ids = prepared.features["input_ids"]
@@ -185,7 +206,10 @@ def test_evaluate(folder, answerer, tmp_path):
     without_tower = {line["operations"] - line["flops_counted"] for line in counted if line["run"] != "holitom@0.3"}
     assert len(without_tower) == 1
     assert len({line["answer"] for line in lines}) > 3
-    assert "| HoliTom" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "| HoliTom" in table
+    assert "No verdicts: questions about" in table
+    assert "Claims" not in table
 
 
 @torch.inference_mode()

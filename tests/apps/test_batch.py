@@ -545,6 +545,22 @@ time.sleep(30)
         assert "no output of this command" in failure(videos, out, "--question", "What?", "--model", model_folder)
         assert out.read_text() == "something else\n"
 
+    def test_it_fails_if_every_input_did_and_tells_the_first_reason(self, tmp_path, model_folder, videos):
+        (tmp_path / "b.mp4").write_bytes(b"")
+        out = tmp_path / "answers" / "out.jsonl"
+        options = [tmp_path, out, "--question", "What?", "--model", model_folder, "--workers", 0]
+        for new in (1, 0):
+            result = run(*options, check=1)
+            assert f"1 records, 1 of them errors; {new} new" in result.stdout
+            [line] = result.stderr.strip().splitlines()[-1:]
+            assert line.startswith("error: no input was answered; the first one: ")
+        shutil.copy(videos / "0.mp4", tmp_path / "a.mp4")
+        assert "2 records, 1 of them errors; 1 new" in run(*options, "--max-new-tokens", 256).stdout
+
+    def test_limits_of_pixels_are_refused_before_anything_is_decoded(self, tmp_path, model_folder, videos):
+        options = [videos, tmp_path / "out.jsonl", "--question", "What?", "--model", model_folder]
+        assert failure(*options, "--max-pixels", 4096).startswith("frames of LLaVA-OneVision have one size")
+
     def test_new_inputs_are_added_and_errors_tried_again_when_asked(self, tmp_path, model_folder, videos):
         shutil.copy(videos / "0.mp4", tmp_path / "a.mp4")
         (tmp_path / "b.mp4").write_bytes(b"")

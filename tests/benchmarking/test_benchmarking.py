@@ -8,7 +8,12 @@ from holitom_hf import HoliTomConfig
 from holitom_hf.apps.command_line import measuring as measuring_commands
 from holitom_hf.apps.command_line.app import app
 from holitom_hf.benchmarking import model_benchmark
-from holitom_hf.benchmarking.architectures import architecture
+from holitom_hf.benchmarking.architectures import (
+    ARCHITECTURES,
+    LLAVA_VIDEO_ARCHITECTURES,
+    QWEN_ARCHITECTURES,
+    architecture,
+)
 from holitom_hf.benchmarking.backbones import MEASURED
 from holitom_hf.benchmarking.measuring import Spread, alternate, count_waits, machine, peak_bytes, threads
 from holitom_hf.benchmarking.models import contest
@@ -34,9 +39,14 @@ def settings(**changes):
     return HoliTomConfig(**{"retention_ratio": 0.2, "similarity_threshold": 0.65, "inner_merge_layer": 5} | changes)
 
 
-@pytest.fixture(scope="module", params=["tiny", "llava-video-small", "qwen2.5-vl-small", "qwen3-vl-small"])
+SMALL_QWEN = ["qwen2.5-vl-small", "qwen3-vl-small", "qwen3-vl-moe-small", "qwen3.5-small", "qwen3.5-moe-small"]
+INNER_LAYER = {"qwen3.5-small": 4, "qwen3.5-moe-small": 4}  # behind full attention; the others' is 5
+
+
+@pytest.fixture(scope="module", params=["tiny", "llava-video-small", *SMALL_QWEN])
 def game(request):
-    return contest(architecture(request.param, settings()), 4, 2, CPU, torch.float32, static_share=0.5)
+    config = architecture(request.param, settings(inner_merge_layer=INNER_LAYER.get(request.param, 5)))
+    return contest(config, 4, 2, CPU, torch.float32, static_share=0.5)
 
 
 def test_both_models_are_the_same_weights_in_the_same_memory(game):
@@ -51,6 +61,16 @@ def test_both_models_are_the_same_weights_in_the_same_memory(game):
         ).logits
     assert torch.equal(plain, whole)
     assert plain.std() > 0.01
+
+
+def test_no_weight_is_left_as_the_memory_was(game):
+    config = game.models["holitom"].config
+    again = contest(config, 4, 1, CPU, torch.float32).models["plain"].state_dict()
+    for name, weight in game.models["plain"].state_dict().items():
+        assert torch.equal(again[name], weight), name
+    routers = [weight for name, weight in again.items() if name.endswith("mlp.gate.weight")]
+    assert len(routers) == (8 if hasattr(config.text_config, "num_experts") else 0)
+    assert all(0.01 < router.std() < 0.03 for router in routers)
 
 
 def test_models_made_without_memory_have_the_buffers_of_others(game):
@@ -269,8 +289,8 @@ def test_usual_frames_are_those_of_the_published_results():
     assert "\n32 frames, 34 tokens of text" in run("flops", "--model", "7b").output
 
 
-@pytest.mark.parametrize(("arch", "text"), [("qwen2.5-vl-small", 2), ("qwen3-vl-small", 2 * (6 + 2))])
-def test_bench_measures_qwen_at_a_size_that_is_asked(arch, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arch", SMALL_QWEN)
+def test_bench_measures_qwen_at_a_size_that_is_asked(arch, tmp_path, monkeypatch):
     monkeypatch.setattr(model_benchmark, "CLIP_SECONDS", 0.2)
     options = ["--frames", 4, "--size", 224, 448, "--new-tokens", 2, "--rounds", 1, "--batch-size", 2]
     result = run("bench", "--arch", arch, *options, "--largest-batch", 1, "--out", tmp_path / "one.json")
@@ -278,13 +298,15 @@ def test_bench_measures_qwen_at_a_size_that_is_asked(arch, text, tmp_path, monke
     found = read_result(tmp_path / "one.json")["result"]
     assert all(set(found["steps"][step]) == {"plain", "holitom"} for step in model_benchmark.SHARED_STEPS)
     assert all(set(found["steps"][step]) == {"holitom"} for step in model_benchmark.OWN_STEPS)
-    unit = {"qwen2.5-vl-small": 28, "qwen3-vl-small": 32}[arch]
+    unit, text = (28, 2) if arch == "qwen2.5-vl-small" else (32, 2 * (6 + 2))
     assert found["tokens"]["plain"] == 2 * (224 // unit) * (448 // unit) + text + 34
     outer, inner = found["tokens"]["outer"], found["tokens"]["inner"]
     assert inner < outer < found["tokens"]["plain"] / 2
-    # Two rows, keys and values, two heads of 64 in float32; stage 3 from layer 5 of 8 on.
-    assert found["cache_bytes"]["plain"] == 2 * 2 * 2 * 64 * 4 * 8 * found["tokens"]["plain"]
-    assert found["cache_bytes"]["holitom"] == 2 * 2 * 2 * 64 * 4 * (5 * outer + 3 * inner)
+    # Two rows, keys and values, two heads of 64 in float32; stage 3 from layer 5 of 8 on, or between the two of them
+    # with full attention.
+    before, behind = (1, 1) if arch in INNER_LAYER else (5, 3)
+    assert found["cache_bytes"]["plain"] == 2 * 2 * 2 * 64 * 4 * (before + behind) * found["tokens"]["plain"]
+    assert found["cache_bytes"]["holitom"] == 2 * 2 * 2 * 64 * 4 * (before * outer + behind * inner)
     assert 0 < found["tower_share"] < 2
 
 
@@ -300,6 +322,15 @@ def test_bench_measures_qwen_at_a_size_that_is_asked(arch, text, tmp_path, monke
         (["bench", "--device", "abacus"], "there is no device 'abacus'"),
         (["bench", "--compare", "nowhere.json"], "nowhere.json"),
         (["flops", "--model", "7b", "--retention-ratio", "0"], "retention_ratio"),
+        (
+            ["flops", "--model", "qwen3.5-9b", "--preset", "qwen3-vl-8b-r15"],
+            "is 23, but the layer before it has no attention over all positions: choose one of 4, 8, 12, 16, 20",
+        ),
+        (
+            ["flops", "--model", "qwen3-vl-8b", "--preset", "llava-video-7b-r15"],
+            "'row' is for LLaVA",
+        ),
+        (["flops", "--model", "tiny", "--preset", "llava-onevision-7b-r15"], "but the decoder has 8 layers"),
         (["scaling", "nowhere", "--frames", "8"], "growth needs two or more numbers of frames"),
     ],
 )
@@ -363,8 +394,13 @@ def test_the_floor_is_the_work_that_cannot_be_left_out():
     assert result.floor["stages 1+2"] == pytest.approx(moved / 1e10, rel=0.05)
 
 
-def test_bench_offers_what_it_measures():
-    offered = measuring_commands.MEASURED_SIZES
+def test_bench_and_flops_offer_every_architecture_and_every_backbone_that_is_measured():
+    offered = measuring_commands.ALL_SIZES
+    assert sorted(offered) == sorted(ARCHITECTURES + LLAVA_VIDEO_ARCHITECTURES + QWEN_ARCHITECTURES)
     assert {architecture(name).model_type for name in offered} == set(MEASURED)
-    others = set(measuring_commands.QWEN_SIZES) - set(offered)
-    assert not {architecture(name).model_type for name in others} & set(MEASURED)
+
+
+@pytest.mark.parametrize("model", ["qwen3-vl-30b-a3b", "qwen3.5-9b", "qwen3.5-35b-a3b"])
+def test_an_architectures_own_layer_of_stage_3_is_that_of_its_presets(model):
+    layers = {HoliTomConfig.from_preset(f"{model}-{rest}").inner_merge_layer for rest in ("r25", "r15", "r15-fast")}
+    assert layers == {architecture(model).holitom_config.inner_merge_layer}

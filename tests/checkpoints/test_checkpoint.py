@@ -26,6 +26,7 @@ from holitom_hf import (
     HoliTomProcessor,
     HoliTomQwen2Model,
 )
+from holitom_hf.benchmarking.architectures import architecture
 from holitom_hf.bundled.tiny_model import tiny_processor
 from holitom_hf.checkpoints.hub import hub_options
 from holitom_hf.checkpoints.model_card import model_card
@@ -569,6 +570,13 @@ class TestLocalBase:
         assert "# LLaVA-Video with HoliTom" in card
         assert "transformers has no class of this model itself" in card
         assert "loads as the plain" not in card
+
+    def test_the_card_has_a_section_of_savings_only_where_they_are_known(self):
+        for name, is_known in (("tiny", True), ("qwen3-vl-small", False), ("qwen3.5-moe-small", False)):
+            card = model_card(architecture(name), True)
+            assert ("## Savings" in card) == ("| frames | tokens |" in card) == is_known
+            assert "\n\n## Settings\n\n| setting" in card
+            assert "\n\n\n" not in card
 
     def test_a_whole_checkpoint_says_that_it_loads_without_trust(self, model):
         card = model_card(model.config, False)

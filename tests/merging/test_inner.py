@@ -48,6 +48,25 @@ def test_folding_is_that_of_the_plain_loop(before, length, after, ratio, fold, s
     torch.testing.assert_close(merged[0], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(("length", "ratio"), [(1, 0.5), (1, 0.99), (3, 0.9), (40, 0.999)])
+def test_one_visual_token_stays_at_least(length, ratio, fold):
+    random = torch.Generator().manual_seed(0)
+    hidden, importance = torch.randn(1, 4 + length, 8, generator=random), torch.rand(4 + length, generator=random)
+    merged, keep = merge_hidden_states(hidden, importance, 2, length, ratio, fold)
+    best = 2 + int(importance[2 : 2 + length].argmax())
+    assert keep.tolist() == [0, 1, best, 2 + length, 3 + length]
+    if length == 1 or not fold:
+        assert torch.equal(merged[0], hidden[0, keep])
+
+
+def test_a_video_without_tokens_stays_without():
+    hidden = torch.randn(1, 4, 8)
+    merged, keep = merge_hidden_states(hidden, torch.rand(4), 2, 0, 0.5)
+    assert torch.equal(merged, hidden)
+    assert keep.tolist() == [0, 1, 2, 3]
+
+
 def test_many_tokens_may_fold_into_one():
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 300, 4, generator=random)

@@ -1,6 +1,7 @@
 """The Qwen-VL families: off they are upstream's classes to the bit, on the plain loop over upstream's parts."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,12 +18,14 @@ from holitom_hf.models.upstream import CACHE_NAME, cache_of
 from .qwen import (
     FAMILIES,
     IMAGE,
+    MERGE,
     ON,
     VIDEO,
     VISION_END,
     VISION_START,
     Family,
     PlainQwen,
+    make_patches,
     media,
     plain_generator,
     token_types,
@@ -667,6 +670,65 @@ class TestStage3BehindFullAttention:
         decoder.check_layers(28)
         with pytest.raises(ValueError, match="choose one of 4, 8, 12, 16, 20, 24, 28, or None"):
             decoder.check_layers(18)
+
+
+@pytest.mark.parametrize(
+    ("settings", "choice"),
+    [
+        ({"vision_method": "tome", "vision_reuse_layer": 1}, "'reuse'"),
+        ({"vision_method": "frames"}, "'reuse'"),
+        ({"newline_position": "row"}, "'end'"),
+    ],
+)
+class TestSettingsOfOtherModels:
+    """They are refused as soon as a model's configuration has them, not by its first call."""
+
+    def refused(self, family: Family, settings: dict, choice: str):
+        [(name, value), *_] = settings.items()
+        title = family.ours("Config").backbone.title
+        return pytest.raises(
+            ValueError, match=f"^{name} '{value}' is for LLaVA-OneVision alone: with {title} choose {choice}$"
+        )
+
+    def test_when_they_are_assigned(self, family, settings, choice):
+        with self.refused(family, settings, choice):
+            family.ours("Config")(**family.values, holitom_config=settings)
+        config = family.ours("Config")(**family.values, holitom_config=ON)
+        with self.refused(family, settings, choice):
+            config.holitom_config = settings
+        with self.refused(family, settings, choice):
+            config.holitom_config = replace(ON, **settings)
+        assert config.holitom_config == ON
+
+    def test_when_a_model_is_loaded(self, family, settings, choice, tmp_path):
+        family.ours("Config")(**family.values, holitom_config=ON).save_pretrained(tmp_path)
+        with self.refused(family, settings, choice):
+            family.generation.from_pretrained(tmp_path, holitom_config=settings)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        saved["holitom_config"] |= settings
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        with self.refused(family, settings, choice):
+            family.generation.from_pretrained(tmp_path)
+
+    @torch.no_grad()
+    def test_of_a_call_before_the_tower_runs(self, family, settings, choice, monkeypatch):
+        model = family.generation(family.ours("Config")(**family.values, holitom_config=ON)).eval()
+        monkeypatch.setattr(type(model.model.visual), "forward", None)
+        with self.refused(family, settings, choice):
+            model(**CASES["a video"](family), holitom_config=settings)
+
+
+@torch.no_grad()
+def test_of_a_video_of_one_token_that_token_stays_behind_stage_3(family):
+    torch.manual_seed(0)
+    model = family.generation(family.ours("Config")(**family.values, holitom_config=ON)).eval()
+    grid = (1, MERGE, MERGE)
+    inputs = family.inputs_of([family.prompt(3, grid, 4)], [(grid, make_patches(grid, 1))])
+    settings = replace(ON, retention_ratio=1.0)
+    found = model(**inputs, holitom_config=settings)
+    assert [keep.tolist() for keep in found.inner_keep] == [list(range(inputs["input_ids"].shape[1]))]
+    whole = model(**inputs, holitom_config=replace(settings, inner_method="none"))
+    torch.testing.assert_close(found.logits, whole.logits, atol=family.tolerance, rtol=1e-4)
 
 
 @pytest.fixture(params=[name for name, family in FAMILIES.items() if family.has_experts])

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.video_utils import VideoMetadata
 
+from holitom_hf import HoliTomProcessor, HoliTomQwen2_5_VLProcessor, HoliTomQwen3VLProcessor
 from holitom_hf.checkpoints.flattening import flat_package
 from holitom_hf.models.qwen_vl.limits import with_size
 from holitom_hf.models.registry import backbone_of, backbones
@@ -321,6 +322,15 @@ class TestCheckpoints:
         assert_whole(info)
         _, info = family.ours("Model").from_pretrained(tmp_path, output_loading_info=True)
         assert_whole(info, unexpected=("lm_head.weight",))
+
+    def test_another_familys_processor_is_refused_with_the_name_of_the_right_one(self, family, folder, tmp_path):
+        right = family.ours("Processor")
+        family.upstream.config_class(**family.values).save_pretrained(tmp_path)
+        for other in {HoliTomProcessor, HoliTomQwen3VLProcessor, HoliTomQwen2_5_VLProcessor} - {right}:
+            for checkpoint in (folder, tmp_path):  # ours and upstream's
+                message = rf"^{other.__name__} is for .*; {checkpoint} is a .*: use {right.__name__}$"
+                with pytest.raises(ValueError, match=message):
+                    other.from_pretrained(checkpoint)
 
     def test_files_are_sampled_whatever_upstreams_processor_wrote(self, family, clips, tmp_path):
         family.make_upstream_processor().save_pretrained(tmp_path)

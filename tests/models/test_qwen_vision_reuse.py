@@ -231,6 +231,19 @@ def test_packed_rows_equal_overwriting_after_every_block(family, seed, guard, la
         assert_equal_to(found, expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_5_moe"])
+@torch.no_grad()
+def test_towers_before_decoders_with_experts_leave_out_the_same(name):
+    family, inputs, settings = FAMILIES[name], random_videos(), replace(qwen.ON, **REUSE)
+    model = make_model(family)
+    expected = overwritten(upstream_of(family, model), inputs, settings)
+    assert any(0.05 < video.repeats.float().mean() < 0.95 for video in expected)
+    found = model.get_video_features(**inputs, holitom_config=settings)
+    assert_equal_to(found, expected, atol=2e-5, rtol=1e-5)
+    for received, video in zip(found.importance, expected, strict=True):
+        torch.testing.assert_close(received, video.importance()[0], atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("blocks", [[], [1]])
 @torch.no_grad()
 def test_other_numbers_of_deepstack_layers(blocks):
@@ -509,8 +522,11 @@ def test_operations_are_those_that_torch_counts(model, needs_importance):
 
 @pytest.mark.parametrize("method", ["frames", "tome"])
 def test_other_vision_methods_are_llavas(family, model, method):
-    with pytest.raises(ValueError, match=rf"'{method}' is for .*LLaVA-OneVision alone: with Qwen.*choose 'reuse'"):
+    message = rf"'{method}' is for .*LLaVA-OneVision alone: with Qwen.*choose 'reuse'"
+    with pytest.raises(ValueError, match=message):
         model.get_video_features(**random_videos(), holitom_config=REUSE | {"vision_method": method})
+    with pytest.raises(ValueError, match=message):
+        encoder_operations(model.config, 4, settings=replace(qwen.ON, **REUSE, vision_method=method))
 
 
 def test_settings_that_do_not_fit_the_tower_say_so(model):

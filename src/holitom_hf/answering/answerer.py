@@ -208,9 +208,7 @@ class Answerer:
         Raises:
             OSError, ValueError: If the video can't be read or has fewer frames, or limits don't fit the backbone.
         """
-        limits = {name: value for name, value in limits.items() if value is not None}
-        if self.config.tokens_per_frame is not None and not limits.keys().isdisjoint(PIXEL_LIMITS):
-            raise ValueError(f"frames of {self.backbone.title} have one size: leave out {' and '.join(PIXEL_LIMITS)}")
+        limits = self.given_limits(limits)
         content = [{"type": "video"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         start = time.perf_counter()
@@ -223,6 +221,18 @@ class Answerer:
         )
         seconds = {"decode": time.perf_counter() - start}
         return PreparedQuestion(features, frames_of(features, self.processor)[0], seconds=seconds)
+
+    def given_limits(self, limits: dict[str, float | None]) -> dict[str, float]:
+        """
+        Those of the limits of [`prepare`] that are given.
+
+        Raises:
+            ValueError: If one of them is of pixels, and the backbone's frames have one size.
+        """
+        given = {name: value for name, value in limits.items() if value is not None}
+        if self.config.tokens_per_frame is not None and not given.keys().isdisjoint(PIXEL_LIMITS):
+            raise ValueError(f"frames of {self.backbone.title} have one size: leave out {' and '.join(PIXEL_LIMITS)}")
+        return given
 
     def _preprocessing_device(self) -> str | None:
         """A GPU resizes and normalizes frames, too; the weights may follow later, so the options tell."""

@@ -114,6 +114,7 @@ def merge_frames(
     settings: HoliTomConfig,
     question: str = QUESTION,
     metadata: VideoMetadata | None = None,
+    **limits: float | None,
 ) -> MergingView:
     """
     Encodes and merges a video, and runs the decoder up to where stage 3 is done.
@@ -124,9 +125,10 @@ def merge_frames(
         settings: What to merge by.
         question: What stage 3 is asked.
         metadata: Of the video that the frames are of, for a model that is told their times; `None`: not known.
+        limits: Of pixels, as in [`Answerer.prepare`].
 
     Raises:
-        ValueError: If the settings merge nothing.
+        ValueError: If the settings merge nothing, or limits don't fit the backbone.
     """
     if not settings.has_outer_stage:
         raise ValueError(
@@ -134,7 +136,7 @@ def merge_frames(
             "decoder nothing is merged that could be shown"
         )
     model = answerer.model
-    features = answerer.prepare(frames, question, metadata=metadata).features.to(model.device)
+    features = answerer.prepare(frames, question, metadata=metadata, **limits).features.to(model.device)
     encoded = encode_videos(model, features, holitom_config=settings)
     del features[PIXELS]
     [tokens] = model.model.video_tokens(encoded)
@@ -183,7 +185,12 @@ def _places_inside(model, merged: MergedVideo, tokens: VideoTokens, input_ids: t
 
 
 def view_merging(
-    answerer: Answerer, video: str, num_frames: int | None = None, question: str = QUESTION
+    answerer: Answerer,
+    video: str,
+    num_frames: int | None = None,
+    question: str = QUESTION,
+    fps: float | None = None,
+    **limits: float | None,
 ) -> MergingView:
     """
     Decodes, encodes and merges a video with the model's own settings.
@@ -193,12 +200,15 @@ def view_merging(
         video: Path or URL.
         num_frames: Frames to take; `None`: at most the processor's.
         question: What stage 3 is asked.
+        fps: Frames to take of each second, in place of `num_frames`.
+        limits: Of pixels, as in [`Answerer.prepare`].
 
     Raises:
-        OSError, ValueError: If the video can't be read or has fewer frames, or the settings merge nothing.
+        OSError, ValueError: If the video can't be read or has fewer frames, limits don't fit the backbone, or the
+            settings merge nothing.
     """
-    (frames,), (metadata,) = answerer.processor.video_processor.decode(video, num_frames=num_frames)
-    view = merge_frames(answerer, frames, answerer.config.holitom_config, question, metadata)
+    (frames,), (metadata,) = answerer.processor.video_processor.decode(video, num_frames=num_frames, fps=fps)
+    view = merge_frames(answerer, frames, answerer.config.holitom_config, question, metadata, **limits)
     return replace(view, name=Path(video).name)
 
 

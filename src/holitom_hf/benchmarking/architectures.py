@@ -61,8 +61,8 @@ ARCHITECTURES = tuple(_DECODERS)
 # Of lmms-lab/LLaVA-Video-7B-Qwen2, pooled as its authors evaluate it, and the one above at that layout.
 _LLAVA_VIDEO = {"llava-video-7b": ("7b", {"vocab_size": 152064}), "llava-video-small": ("tiny", {})}
 LLAVA_VIDEO_ARCHITECTURES = tuple(_LLAVA_VIDEO)
-# `model_type`, vision tower, decoder: of Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct and Qwen/Qwen3.5-9B,
-# and the first two at a size that a CPU runs in seconds, with patches and windows as they are.
+# Parts of the Qwen-VL families below. The small ones are of a size that a CPU runs in seconds, with patches and
+# windows as they are.
 _SMALL_QWEN = {
     "hidden_size": 256,
     "intermediate_size": 1024,
@@ -71,6 +71,48 @@ _SMALL_QWEN = {
     "num_key_value_heads": 2,
     "vocab_size": 2048,
 }
+# The tower of Qwen3-VL-8B, which the later ones have, too.
+_QWEN3_TOWER = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "patch_size": 16,
+}
+_SMALL_QWEN3_TOWER = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "patch_size": 16,
+    "out_hidden_size": 256,
+}
+_SMALL_QWEN3 = _SMALL_QWEN | {
+    "head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [12, 10, 10],
+        "mrope_interleaved": True,
+    },
+}
+_SMALL_QWEN3_5 = _SMALL_QWEN | {
+    "head_dim": 64,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
+_SMALL_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+# `model_type`, vision tower, decoder: of Qwen/Qwen2.5-VL-7B-Instruct, Qwen/Qwen3-VL-8B-Instruct,
+# Qwen/Qwen3-VL-30B-A3B-Instruct, Qwen/Qwen3.5-9B and Qwen/Qwen3.5-35B-A3B, and one small model of each family.
 _QWEN = {
     "qwen2.5-vl-7b": (
         "qwen2_5_vl",
@@ -96,15 +138,7 @@ _QWEN = {
     ),
     "qwen3-vl-8b": (
         "qwen3_vl",
-        {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "patch_size": 16,
-            "out_hidden_size": 4096,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
+        _QWEN3_TOWER | {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
         {
             "hidden_size": 4096,
             "intermediate_size": 12288,
@@ -137,36 +171,40 @@ _QWEN = {
     ),
     "qwen3-vl-small": (
         "qwen3_vl",
+        _SMALL_QWEN3_TOWER | {"deepstack_visual_indexes": [0, 1, 2]},
+        _SMALL_QWEN3,
+    ),
+    "qwen3-vl-30b-a3b": (
+        "qwen3_vl_moe",
+        _QWEN3_TOWER | {"out_hidden_size": 2048, "deepstack_visual_indexes": [8, 16, 24]},
         {
-            "depth": 4,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "patch_size": 16,
-            "out_hidden_size": 256,
-            "deepstack_visual_indexes": [0, 1, 2],
-        },
-        _SMALL_QWEN
-        | {
-            "head_dim": 64,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "vocab_size": 151936,
+            "tie_word_embeddings": False,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 5e6,
-                "mrope_section": [12, 10, 10],
+                "mrope_section": [24, 20, 20],
                 "mrope_interleaved": True,
             },
         },
     ),
+    "qwen3-vl-moe-small": (
+        "qwen3_vl_moe",
+        _SMALL_QWEN3_TOWER | {"deepstack_visual_indexes": [0, 1, 2]},
+        _SMALL_QWEN3 | _SMALL_EXPERTS,
+    ),
     "qwen3.5-9b": (
         "qwen3_5",
-        {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "patch_size": 16,
-            "out_hidden_size": 4096,
-        },
+        _QWEN3_TOWER | {"out_hidden_size": 4096},
         {
             "hidden_size": 4096,
             "intermediate_size": 12288,
@@ -180,6 +218,34 @@ _QWEN = {
             "linear_value_head_dim": 128,
             "vocab_size": 248320,
         },
+    ),
+    "qwen3.5-small": ("qwen3_5", _SMALL_QWEN3_TOWER, _SMALL_QWEN3_5),
+    "qwen3.5-35b-a3b": (
+        "qwen3_5_moe",
+        _QWEN3_TOWER | {"out_hidden_size": 2048},
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "vocab_size": 248320,
+        },
+    ),
+    "qwen3.5-moe-small": (
+        "qwen3_5_moe",
+        _SMALL_QWEN3_TOWER,
+        {name: value for name, value in _SMALL_QWEN3_5.items() if name != "intermediate_size"}
+        | _SMALL_EXPERTS
+        | {"shared_expert_intermediate_size": 256},
     ),
 }
 QWEN_ARCHITECTURES = tuple(_QWEN)

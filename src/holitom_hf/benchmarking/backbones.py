@@ -224,7 +224,7 @@ class QwenVL(MeasuredBackbone):
 
 
 class Qwen3VL(QwenVL):
-    """[`QwenVL`] with text between temporal patches, which says their times."""
+    """Qwen3-VL and the families after it: [`QwenVL`] with text between temporal patches, which says their times."""
 
     def video_ids(self, random: torch.Generator) -> torch.Tensor:
         """Overrides MeasuredBackbone.video_ids."""
@@ -245,5 +245,5 @@ MEASURED: dict[str, type[MeasuredBackbone]] = {
     "llava_onevision": LlavaOnevision,
     "llava_video": LlavaVideo,
     "qwen2_5_vl": QwenVL,
-    "qwen3_vl": Qwen3VL,
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), Qwen3VL),
 }

@@ -286,7 +286,8 @@ def _decoder_call(model, game: Contest) -> Callable:
     handle = model.model.language_model.register_forward_pre_hook(remember, with_kwargs=True)
     _prefill(model, game)
     handle.remove()
-    return lambda: model.model.language_model(**{**seen, CACHE_NAME: DynamicCache()})
+    decoder = model.model.language_model
+    return lambda: decoder(**{**seen, CACHE_NAME: DynamicCache(config=decoder.config)})
 
 
 def _prefill(model, game: Contest, **kwargs):

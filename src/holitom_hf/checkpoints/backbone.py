@@ -26,6 +26,7 @@ class Backbone:
         video_processor: Class in `processing.py`.
         upstream_processor: The processor's class without this package.
         has_upstream: Whether transformers has a class of the model, with which a checkpoint loads without its code.
+        fixed_settings: Compression settings that have their default value alone with these models.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class Backbone:
     video_processor: str
     upstream_processor: str
     has_upstream: bool = True
+    fixed_settings: tuple[str, ...] = ()
 
     def auto_map(self) -> dict[str, str]:
         """What a checkpoint's `auto_map` says: which class each Auto class finds in which of its files."""

@@ -15,6 +15,9 @@ CITATION = """\
 }"""
 
 
+SAVINGS = "Of the video's tokens, by the paper's formula."
+
+
 def model_card(config, is_config_only: bool, repo_id: str = "user/repo") -> str:
     """
     Writes a model card.
@@ -72,14 +75,7 @@ output = model.generate(**inputs, max_new_tokens=128)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-## Savings
-
-At the ratios below, for the video's tokens alone, by the paper's formula for the decoder; what is really kept follows
-from the video.
-
-{_savings_table(config)}
-
-## Settings
+{_savings(config)}## Settings
 
 | setting | value |
 | --- | --- |
@@ -93,10 +89,10 @@ from the video.
 """
 
 
-def _savings_table(config) -> str:
-    """Tokens and operations at several numbers of frames, where their size is known."""
+def _savings(config) -> str:
+    """Tokens and operations at several numbers of frames; nothing where frames have any size."""
     if config.tokens_per_frame is None:
-        return "How many tokens that is depends on the video."
+        return ""
     settings, text = config.holitom_config, config.text_config
     sizes, depth = (text.hidden_size, text.intermediate_size), text.num_hidden_layers
     lines = ["| frames | tokens | before the decoder | after stage 3 | prefill FLOPs |", "| ---: " * 5 + "|"]
@@ -108,4 +104,4 @@ def _savings_table(config) -> str:
         flops = prefill_flops(tokens_by_layer(outer, inner, layer, depth), *sizes)
         share = flops / prefill_flops([tokens] * depth, *sizes)
         lines.append(f"| {num_frames} | {tokens} | {outer} | {inner} | {share:.1%} |")
-    return "\n".join(lines)
+    return "\n".join(["## Savings", "", SAVINGS, "", *lines, "", ""])

@@ -25,6 +25,8 @@ NUM_RESAMPLES = 2000
 TO_KEEP = {"holitom": {0.15: 0.99, 0.10: 0.98}, "farthest": {0.15: 0.99, 0.10: 0.98, 0.05: 0.96}}
 
 
+# Videos below which resampling them says nothing of others: its intervals are too narrow, or have no width at all.
+MIN_VIDEOS = 30
 CAPTION = (
     "Operations up to the first token, as shares of the uncompressed model's. FLOPs: the decoder's, by the paper's "
     "formula. Counted: of merging, decoder and output layer, by torch's counter over a few questions. All operations: "
@@ -206,19 +208,23 @@ def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
     Claims against what was measured; those whose runs are missing are left out.
 
     A claim holds, or does not, only if all of its interval says so. Two runs are compared over the same questions, and
-    a difference whose interval holds zero is none. Nothing is said of a run that is not running.
+    a difference whose interval holds zero is none. Nothing is said of a run that is not running, nor of any over fewer
+    than `MIN_VIDEOS` videos.
 
     Args:
         rows: From [`summarize`].
         results: What they sum up.
     """
+    videos = {result.video for result in results}
+    if len(videos) < MIN_VIDEOS:
+        return []
     rows = [row for row in rows if row.is_running]
     found = {row.run: row for row in rows}
     by_run: dict[str, list[Result]] = {row.run: [] for row in rows}
     for result in results:
         if result.run in by_run:
             by_run[result.run].append(result)
-    resampled = _Resampled({result.video for result in results})
+    resampled = _Resampled(videos)
     accuracies = {run: resampled.accuracies(own) for run, own in by_run.items()}
     claims = []
     for method, ratio, wanted in ((m, r, wanted) for m, aims in TO_KEEP.items() for r, wanted in aims.items()):
@@ -345,7 +351,8 @@ def write_report(rows: list[Row], results: list[Result], command: str, out: Path
         "claims": [asdict(c) for c in claims],
     }
     (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "table.md").write_text(_markdown(rows, claims, command, where))
+    num_videos = len({result.video for result in results})
+    (out / "table.md").write_text(_markdown(rows, claims, command, where, num_videos))
     return [out / "table.md", out / "table.json", *_plots(rows, out)]
 
 
@@ -383,7 +390,7 @@ def _line(row: Row) -> list[str]:
     ]
 
 
-def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[str, str]) -> str:
+def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[str, str], num_videos: int) -> str:
     head = ["method", "R", "tokens", "after stage 3", "FLOPs", "counted", "all operations", "accuracy [95 %]"]
     head += ["relative", "McNemar", "s/question"]
     methods = [row for row in rows if not row.ablation]
@@ -392,6 +399,9 @@ def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[st
     types = [kind for kind in QUESTION_TYPES if kind in rows[0].by_type]
     lines = [[_label(row), _line(row)[1], *(f"{row.by_type[k][0]:.1%}" for k in types)] for row in methods]
     text += "\nAccuracy by type of question\n\n" + _table(["method", "R", *types], lines)
+    if num_videos < MIN_VIDEOS:
+        text += f"\nNo verdicts: questions about {num_videos} videos are too few for intervals to mean something; "
+        text += f"{MIN_VIDEOS} are needed.\n"
     if claims:
         lines = [[claim.text, claim.measured, claim.verdict] for claim in claims]
         text += "\nClaims on this set, the paper's and ours; differences are paired by video, with 95 % intervals, "

@@ -11,8 +11,11 @@ ROWS_PER_CHUNK = 1024
 
 
 def num_inner_kept(length: int, merge_ratio: float) -> int:
-    """Number of `length` visual tokens that stage 3 keeps."""
-    return round(length * (1 - merge_ratio))
+    """
+    Number of `length` visual tokens that stage 3 keeps. It is one at least; the published code, which would keep none
+    then, fails.
+    """
+    return min(length, max(1, round(length * (1 - merge_ratio))))
 
 
 def choose_survivors(importance: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +96,7 @@ def merge_hidden_states(
         importance: (N,), the attention that the last real token pays to each position in the layer before.
         start: First visual position.
         length: Number of visual positions; the rest is text and is not touched.
-        merge_ratio: Share r of the visual tokens to remove; `round(length * (1 - r))` stay.
+        merge_ratio: Share r of the visual tokens to remove; `round(length * (1 - r))` stay, at least one.
         fold: Whether removed tokens are folded into the kept ones (HoliTom) or dropped (FastV).
 
     Returns:
@@ -115,7 +118,7 @@ def merge_hidden_states(
     kept, folded = choose_survivors(importance[visual], num_inner_kept(length, merge_ratio))
     tokens = hidden[0, visual]
     merged = tokens[kept]
-    if fold and len(kept) and len(folded):
+    if fold and len(folded):
         merged = fold_tokens(tokens, kept, folded, most_similar(tokens, kept, folded))
     positions = torch.arange(num_positions, device=hidden.device)
     keep = torch.cat([positions[:start], start + kept, positions[start + length :]])

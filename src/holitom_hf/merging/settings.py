@@ -142,8 +142,8 @@ class MergingSettings:
         "vision_drift_guard": check_boolean,
     }
 
-    # By layer of stage 3: the depth of the decoder it was chosen for (Qwen2 0.5B, 7B and 72B).
-    depth_of_layer: ClassVar[dict[int, int]] = {15: 24, 18: 28, 20: 32, 23: 36, 60: 80}
+    # By layer of stage 3: the depth of the decoder it was chosen for.
+    depth_of_layer: ClassVar[dict[int, int]] = {15: 24, 18: 28, 20: 32, 23: 36, 24: 40, 31: 48, 60: 80}
 
     def __new__(cls, *args, **values):
         cls.check_names(values)

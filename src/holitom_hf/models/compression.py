@@ -148,7 +148,9 @@ class CompressingModelMixin:
 
     def settings_for(self, holitom_config: HoliTomConfig | dict | str | None) -> HoliTomConfig:
         """The settings of a call: the model's, what a dictionary changes of them, or others in their place."""
-        return HoliTomConfig.coerce(holitom_config, self.config.holitom_config)
+        settings = HoliTomConfig.coerce(holitom_config, self.config.holitom_config)
+        self.config.check_settings(settings)
+        return settings
 
     def compressing_forward(
         self,

@@ -39,7 +39,15 @@ class HoliTomConfigMixin:
     def __setattr__(self, key: str, value: Any) -> None:
         if key == "holitom_config":
             value = HoliTomConfig.coerce(value, vars(self).get(key))
+            self.check_settings(value)
         super().__setattr__(key, value)
+
+    def check_settings(self, settings: HoliTomConfig) -> None:
+        """Raises a `ValueError` if settings ask for what this backbone has not, whatever its sizes."""
+        for name in self.backbone.fixed_settings:
+            value, only, title = getattr(settings, name), getattr(HoliTomConfig, name), self.backbone.title
+            if value != only:
+                raise ValueError(f"{name} {value!r} is for LLaVA-OneVision alone: with {title} choose {only!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Overrides PreTrainedConfig.to_dict: the settings become a dictionary, too."""

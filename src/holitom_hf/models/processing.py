@@ -1,6 +1,7 @@
 """What the processors of all backbones have in common: files are decoded here, and saved files load as upstream's."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +19,12 @@ from ..checkpoints.backbone import Backbone
 from ..checkpoints.checkpoint import base_model_of, load_as_it_is
 from ..checkpoints.remote_code import save_remote_code
 from ..checkpoints.writing import written_aside
+from ..merging.package import of_package
 from ..video.decoding import is_video_file, read_video
 from ..video.frame_files import read_frames
+
+
+check_processor = of_package("models.registry", "check_processor")
 
 
 class HoliTomVideoProcessorMixin:
@@ -229,7 +234,12 @@ class HoliTomProcessorMixin:
         Args:
             pretrained_model_name_or_path: Folder or Hub repository, ours or upstream's.
             kwargs: As upstream.
+
+        Raises:
+            ValueError: If the checkpoint is of another backbone; the message names its processor.
         """
+        with suppress(ImportError):  # a checkpoint's own code knows of no other backbone
+            check_processor(cls, pretrained_model_name_or_path, kwargs)
         base, revision = base_model_of(pretrained_model_name_or_path, kwargs)
         if base is not None:
             kwargs |= {"trust_remote_code": False, "revision": revision or "main", "subfolder": ""}

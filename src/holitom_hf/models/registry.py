@@ -4,6 +4,7 @@ The one list of backbones. A new one is a folder beside this file, with `backbon
 """
 
 import importlib
+import os
 
 from ..checkpoints.backbone import Backbone
 
@@ -47,6 +48,27 @@ def encoder_operations(config, *args, **kwargs):
     return module.encoder_operations(config, *args, **kwargs)
 
 
+def check_processor(processor: type, checkpoint: str | os.PathLike, kwargs: dict) -> None:
+    """
+    Raises a `ValueError` if a checkpoint is of another backbone of ours than a processor is.
+
+    Args:
+        processor: A class with a `backbone`.
+        checkpoint: Folder or Hub repository.
+        kwargs: Of `from_pretrained`: where and how to download.
+    """
+    from ..checkpoints.checkpoint import HUB_KWARGS
+
+    place = {name: kwargs[name] for name in (*HUB_KWARGS, "revision", "subfolder") if name in kwargs}
+    other = backbones().get(_model_type(checkpoint, place))
+    # By name: as remote code a backbone exists once more.
+    if other is not None and other.model_type != processor.backbone.model_type:
+        raise ValueError(
+            f"{processor.__name__} is for {processor.backbone.title}; {checkpoint} is a {other.model_type!r} "
+            f"checkpoint ({other.title}): use {other.processor}"
+        )
+
+
 def backbone_of(checkpoint: str, **kwargs) -> Backbone:
     """
     The backbone of a checkpoint, ours, upstream's or as LLaVA's authors published it.
@@ -59,13 +81,17 @@ def backbone_of(checkpoint: str, **kwargs) -> Backbone:
         OSError: If its configuration can't be read.
         ValueError: If it is none of ours.
     """
-    from ..checkpoints.checkpoint import config_values, is_original
-    from .original.configuration import converted_config
-
-    values = config_values(checkpoint, kwargs)
-    model_type = (converted_config(values, **kwargs) if is_original(values) else values).get("model_type")
-    known = backbones()
+    model_type, known = _model_type(checkpoint, kwargs), backbones()
     if model_type not in known:
         ours = " or ".join(f"{backbone.model_type!r} checkpoint ({backbone.title})" for backbone in known.values())
         raise ValueError(f"HoliTom needs a {ours}; this one is {model_type!r}")
     return known[model_type]
+
+
+def _model_type(checkpoint: str | os.PathLike, kwargs: dict) -> str | None:
+    """What a checkpoint's configuration is of; of an original, what it becomes."""
+    from ..checkpoints.checkpoint import config_values, is_original
+    from .original.configuration import converted_config
+
+    values = config_values(checkpoint, kwargs)
+    return (converted_config(values, **kwargs) if is_original(values) else values).get("model_type")

@@ -90,7 +90,7 @@ def merge_inside(
             survives[row].index_fill_(0, positions[folded], False)
             num_left[row] -= len(folded)
             tokens = hidden_states[row, positions]
-            goes_on = (stage.fold or stage.counts_removed) and len(kept) > 0 and len(folded) > 0
+            goes_on = (stage.fold or stage.counts_removed) and len(folded) > 0
             target = most_similar(tokens, kept, folded) if goes_on else None
             if stage.fold:
                 rows.append(torch.full_like(kept, row))

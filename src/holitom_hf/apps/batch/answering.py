@@ -72,6 +72,7 @@ class DecodedInputs(Dataset):
         dtype,
         num_frames: int | None = None,
         sources: MediaSources | None = None,
+        limits: dict[str, float] | None = None,
     ):
         """
         Args:
@@ -81,9 +82,11 @@ class DecodedInputs(Dataset):
             dtype: The model's.
             num_frames: Frames to take of each video; `None`: at most the processor's.
             sources: What inputs that a stranger wrote may name, see [`allowed_video`]; `None`: anything.
+            limits: What the processor takes besides, as [`Answerer.given_limits`] returns it.
         """
         self.inputs, self.chosen, self.processor = inputs, chosen, processor
-        self.dtype, self.num_frames, self.sources = dtype, num_frames, sources
+        self.dtype, self.sources = dtype, sources
+        self.limits = {"num_frames": num_frames} | (limits or {})
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -116,7 +119,7 @@ class DecodedInputs(Dataset):
         video = item.video if self.sources is None else allowed_video(item.video, self.sources)
         content = [{"type": "video"}, {"type": "text", "text": item.question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        features = self.processor(text=text, videos=video, num_frames=self.num_frames, return_tensors="pt")
+        features = self.processor(text=text, videos=video, return_tensors="pt", **self.limits)
         features.update(BatchFeature({PIXELS: features[PIXELS]}).to(dtype=self.dtype))  # half as much to hand over
         return features
 
@@ -288,6 +291,7 @@ def answer_all(
     num_frames: int | None = None,
     max_new_tokens: int = 256,
     sources: MediaSources | None = None,
+    limits: dict[str, float] | None = None,
 ) -> None:
     """
     Answers inputs; a record for each is handed on as soon as its batch is done.
@@ -301,9 +305,9 @@ def answer_all(
         num_workers: Processes that decode ahead; 0 to decode in this one.
         num_frames: Frames to take of each video; `None`: at most the processor's.
         max_new_tokens: Longest answer.
-        sources: As in [`DecodedInputs`].
+        sources, limits: As in [`DecodedInputs`].
     """
-    decoded = DecodedInputs(inputs, chosen, answerer.processor, answerer.model.dtype, num_frames, sources)
+    decoded = DecodedInputs(inputs, chosen, answerer.processor, answerer.model.dtype, num_frames, sources, limits)
     num_ahead = -(-2 * batch_size // max(1, num_workers))
     for batch in batches_by_length(decode_ahead(decoded, num_workers, num_ahead), batch_size):
         add(answer_or_tell(answerer, batch, max_new_tokens))

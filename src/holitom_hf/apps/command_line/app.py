@@ -109,19 +109,20 @@ def answer(
         newlines = " (the newline after the video is one of them)"
     if getattr(answerer.config, "newline_layout", None) == "grid":
         newlines = " (newlines after rows are among them)"
-    Console().print(_summary(result, newlines))
+    Console().print(_summary(result, newlines, frames))
     if model == BUNDLED_NAME:
         console.print(BUNDLED_ABOUT, style="dim")
 
 
-def _summary(result, newlines: str) -> Table:
+def _summary(result, newlines: str, asked: int | None) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
     is_cut = result.num_segments < result.num_frames  # else nothing was joined
-    table.add_row(
-        "frames", f"{result.num_frames}, in {result.num_segments} segments" if is_cut else f"{result.num_frames}"
-    )
+    taken = f"{result.num_frames}"
+    if asked is not None and asked < result.num_frames:
+        taken += f" (the last of {asked} repeated: this model takes frames in pairs)"
+    table.add_row("frames", f"{taken}, in {result.num_segments} segments" if is_cut else taken)
     if result.computed_patches is not None:
         table.add_row("vision tower", f"{result.computed_patches:.1%} of the patches computed in its later layers")
     tokens = f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder"
@@ -148,6 +149,9 @@ def batch(
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
     frames: Frames = None,
+    fps: Fps = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     max_new_tokens: MaxNewTokens = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at once on each process.")] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead, for each process.")] = 2,
@@ -179,7 +183,8 @@ def batch(
             _end_with_launcher()
             device = str(state.device) if device == "auto" else device
         answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
-        run = run_name(answerer, frames=frames, max_new_tokens=max_new_tokens, question=question)
+        limits = answerer.given_limits({"fps": fps, "min_pixels": min_pixels, "max_pixels": max_pixels})
+        run = run_name(answerer, frames=frames, max_new_tokens=max_new_tokens, question=question, **limits)
         records = BatchRecords(output, run)
         if state.is_main_process:
             records.prepare()
@@ -197,7 +202,7 @@ def batch(
                 bar.update(task.id, completed=records.count() - num_before)
 
             share = missing[state.process_index :: state.num_processes]
-            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens, sources)
+            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens, sources, limits)
             records.mark_done(state.process_index)
             if state.is_main_process:
                 records.wait_for_all(state.num_processes)
@@ -209,6 +214,8 @@ def batch(
                 f"Wrote {output}: {len(written)} records, {num_errors} of them errors; {len(missing)} new in "
                 f"{task.finished_time or task.elapsed:.1f} s ({_videos_a_second(task)})."
             )
+            if written and num_errors == len(written):
+                raise ValueError(f"no input was answered; the first one: {next(iter(written.values()))['error']}")
 
 
 @app.command()
@@ -222,6 +229,9 @@ def visualize(
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
     frames: Frames = None,
+    fps: Fps = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -237,7 +247,9 @@ def visualize(
             raise ImportError(f"pictures need {error.name}: pip install 'holitom-hf[plots]'") from error
         write = writer_for(out)
         answerer = _loaded(name, hub, settings, retention_ratio, device, dtype)
-        view = view_merging(answerer, video, frames, question or QUESTION)
+        view = view_merging(
+            answerer, video, frames, question or QUESTION, fps=fps, min_pixels=min_pixels, max_pixels=max_pixels
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".holitom.") as folder:
             write(view, Path(folder) / out.name)

@@ -28,9 +28,8 @@ from .options import (
 app = typer.Typer()
 SIZES = ("0.5b", "7b", "72b", "tiny")  # of models with random weights
 LLAVA_VIDEO_SIZES = ("llava-video-7b", "llava-video-small")
-MEASURED_QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b", "qwen2.5-vl-small", "qwen3-vl-small")
-QWEN_SIZES = (*MEASURED_QWEN_SIZES, "qwen3.5-9b")  # `bench` does not measure the last one yet
-MEASURED_SIZES = (*SIZES, *MEASURED_QWEN_SIZES, *LLAVA_VIDEO_SIZES)
+QWEN_SIZES = ("qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3-vl-30b-a3b", "qwen3.5-9b", "qwen3.5-35b-a3b")
+QWEN_SIZES += ("qwen2.5-vl-small", "qwen3-vl-small", "qwen3-vl-moe-small", "qwen3.5-small", "qwen3.5-moe-small")
 ALL_SIZES = (*SIZES, *QWEN_SIZES, *LLAVA_VIDEO_SIZES)
 USUAL_FRAMES = "64 for LLaVA-Video, 32 for others."
 # Options of drawn sets.
@@ -148,6 +147,7 @@ def flops(
         quiet()
         from ...benchmarking.architectures import architecture, usual_frames
         from ...benchmarking.exact_flops import compare_flops
+        from ...benchmarking.models import check_loads
         from ...benchmarking.report import flops_table
         from ...merging.registry import METHODS
         from ...models.registry import backbone_class, backbone_of
@@ -159,7 +159,7 @@ def flops(
             config = backbone_class(backbone_of(name, **hub), "config").from_pretrained(name, **options, **hub)
         if retention_ratio is not None:
             config.holitom_config.retention_ratio = retention_ratio
-        config.holitom_config.check_decoder_depth(config.text_config.num_hidden_layers)
+        check_loads(config)
         frames = frames or usual_frames(config)
         print(flops_table(*compare_flops(config, frames, text_tokens, redundancy, computed, size)))
         print(
@@ -182,7 +182,7 @@ def flops(
 
 @app.command(cls=ManyValues)
 def bench(
-    arch: Annotated[str, typer.Option(help=f"With random weights: {', '.join(MEASURED_SIZES)}.")] = "tiny",
+    arch: Annotated[str, typer.Option(help=f"With random weights: {', '.join(ALL_SIZES)}.")] = "tiny",
     preset: Preset = None,
     retention_ratio: RetentionRatio = None,
     frames: Annotated[int | None, typer.Option(min=2, help="Frames of each video; default: " + USUAL_FRAMES)] = None,

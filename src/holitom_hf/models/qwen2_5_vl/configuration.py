@@ -18,7 +18,7 @@ class HoliTomQwen2_5_VLConfig(HoliTomConfigMixin, Qwen2_5_VLConfig):
         kwargs: As in `Qwen2_5_VLConfig`.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or not for this model.
     """
 
     backbone = BACKBONE

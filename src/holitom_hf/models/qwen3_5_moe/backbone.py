@@ -12,4 +12,5 @@ BACKBONE = Backbone(
     processor="HoliTomQwen3_5MoeProcessor",
     video_processor="HoliTomQwen3_5MoeVideoProcessor",
     upstream_processor="Qwen3VLProcessor",
+    fixed_settings=("vision_method", "newline_position"),
 )

@@ -18,7 +18,7 @@ class HoliTomQwen3_5MoeConfig(HoliTomConfigMixin, Qwen3_5MoeConfig):
         kwargs: As in `Qwen3_5MoeConfig`.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or not for this model.
     """
 
     backbone = BACKBONE

@@ -18,7 +18,7 @@ class HoliTomQwen3VLConfig(HoliTomConfigMixin, Qwen3VLConfig):
         kwargs: As in `Qwen3VLConfig`.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or not for this model.
     """
 
     backbone = BACKBONE

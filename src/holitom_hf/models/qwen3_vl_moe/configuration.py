@@ -18,7 +18,7 @@ class HoliTomQwen3VLMoeConfig(HoliTomConfigMixin, Qwen3VLMoeConfig):
         kwargs: As in `Qwen3VLMoeConfig`.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or not for this model.
     """
 
     backbone = BACKBONE

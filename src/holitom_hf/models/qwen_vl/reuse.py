@@ -15,7 +15,6 @@ from torch import nn
 
 from ...merging.patches import PatchPiece, PatchPlan, plan_patches
 from ...merging.settings import MergingSettings
-from ...merging.vision_methods import REUSE
 from ..vision import chunks_on_device
 from ..vision_importance import received_attention
 from .frame_layout import FrameLayout
@@ -31,12 +30,8 @@ def check_reuse(config, settings: MergingSettings) -> None:
         config: Of a Qwen-VL backbone.
         settings: [`HoliTomConfig`].
     """
+    config.check_settings(settings)
     title, depth, start = config.backbone.title, config.vision_config.depth, settings.vision_reuse_layer
-    if settings.vision_method != REUSE:
-        raise ValueError(
-            f"vision_method {settings.vision_method!r} is for the vision tower of LLaVA-OneVision alone: with {title} "
-            f"choose {REUSE!r}"
-        )
     if start >= depth:
         raise ValueError(
             f"vision_reuse_layer is {start}, but the vision tower of {title} has {depth} layers: choose 1 to "
