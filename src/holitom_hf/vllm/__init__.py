@@ -21,8 +21,12 @@ def register() -> None:
     if importlib.util.find_spec("vllm") is None:
         return
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from .checkpoint import HoliTomModelConfig
 
     known = ModelRegistry.get_supported_archs()
     for architecture, place in ARCHITECTURES.items():
         if architecture not in known:
             ModelRegistry.register_model(architecture, place)
+        MODELS_CONFIG_MAP.setdefault(architecture, HoliTomModelConfig)

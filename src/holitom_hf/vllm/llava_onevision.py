@@ -1,7 +1,7 @@
 """LLaVA-OneVision in vLLM with stages 1 and 2: fewer placeholders, and as many tokens out of the encoder."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated
@@ -29,7 +29,7 @@ from vllm.utils.tensor_schema import TensorShape
 from ..configuration import HoliTomConfig
 from ..merging.outer import merge_videos
 from ..merging.video_tokens import VideoTokens
-from .checkpoint import base_weights, served_settings
+from .checkpoint import served_settings
 from .settings import RATIO, num_placeholders, request_settings
 from .siglip import encode_before_last, last_layer_importance
 from .weight_names import PUBLISHED_TOWER, TOWER
@@ -149,17 +149,11 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
                 f"outer_method={self.settings.outer_method!r} needs the attention of a SigLIP tower; this model's is a "
                 f"{type(self.vision_tower).__name__}"
             )
-        self.vllm_config = vllm_config
         vision_config = vllm_config.model_config.hf_config.vision_config
         self.tokens_per_frame = math.ceil(vision_config.image_size // vision_config.patch_size / 2) ** 2
         # The scheduler counts compressed tokens. The tower takes no more frames at once than these would be uncompressed.
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         self.frames_at_once = max(1, budget // self.tokens_per_frame)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Overrides LlavaOnevisionForConditionalGeneration.load_weights: a config-only checkpoint's are its base's."""
-        from_base = base_weights(self.vllm_config, self, self.settings)
-        return super().load_weights(weights if from_base is None else from_base)
 
     def _parse_and_validate_video_input(self, **kwargs: object) -> LlavaOnevisionVideoPixelInputs | None:
         """Overrides LlavaOnevisionForConditionalGeneration._parse_and_validate_video_input: with each video's rate."""
