@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-
 from holitom_hf.bundled.questions import NUM_FRAMES, draw_set, uniform_times
 
 

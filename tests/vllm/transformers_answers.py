@@ -1,5 +1,5 @@
 """
-What our transformers class answers, written to a file: run in an environment of its own, since vLLM pins another release.
+What our transformers class answers, written to a file: in an environment of its own, since vLLM pins another release.
 
     python -m tests.vllm.transformers_answers FILE [--questions 200]
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
-
 from holitom_hf.bundled import BUNDLED_MODEL
 
 from .questions import drawn_questions, prompt_of

@@ -5,14 +5,15 @@ vLLM finds [`register`] by the entry point `vllm.general_plugins` in every proce
 room imports vLLM, and importing the room doesn't either.
 """
 
+import importlib
 import importlib.util
 
 
-# By architecture, as `config.json` names it: where vLLM finds the class when it needs it.
+# By architecture, as `config.json` names it: the file of this room that has the class, and what it asks of the
+# configuration.
 ARCHITECTURES = {
-    "HoliTomLlavaOnevisionForConditionalGeneration": (
-        "holitom_hf.vllm.llava_onevision:HoliTomLlavaOnevisionForConditionalGeneration"
-    ),
+    "HoliTomLlavaOnevisionForConditionalGeneration": ("llava_onevision", "checkpoint:HoliTomModelConfig"),
+    "HoliTomQwen3VLForConditionalGeneration": ("qwen3_vl", "checkpoint:PruningModelConfig"),
 }
 
 
@@ -23,10 +24,10 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from .checkpoint import HoliTomModelConfig
-
     known = ModelRegistry.get_supported_archs()
-    for architecture, place in ARCHITECTURES.items():
+    for architecture, (model, config) in ARCHITECTURES.items():
         if architecture not in known:
-            ModelRegistry.register_model(architecture, place)
-        MODELS_CONFIG_MAP.setdefault(architecture, HoliTomModelConfig)
+            ModelRegistry.register_model(architecture, f"{__name__}.{model}:{architecture}")
+        if architecture not in MODELS_CONFIG_MAP:
+            file, name = config.split(":")
+            MODELS_CONFIG_MAP[architecture] = getattr(importlib.import_module(f".{file}", __name__), name)

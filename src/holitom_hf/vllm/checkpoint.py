@@ -21,7 +21,7 @@ class HoliTomModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """
-        Overrides VerifyAndUpdateConfig.verify_and_update_model_config: overrides are laid over the settings of the file.
+        Overrides VerifyAndUpdateConfig.verify_and_update_model_config: overrides lie over the settings of the file.
 
         Raises:
             OSError: If `config.json` can't be read.
@@ -37,9 +37,20 @@ class HoliTomModelConfig(VerifyAndUpdateConfig):
         if not (os.path.isdir(base) and os.path.isdir(model) and os.path.samefile(base, model)):
             at_revision = f" --revision {settings.base_model_revision}" if settings.base_model_revision else ""
             raise ValueError(
-                f"{model} holds settings alone, no weights or tokenizer; its base model is served with them by `vllm serve "
-                f"{base}{at_revision} --hf-config-path {model}`"
+                f"{model} holds settings alone, no weights or tokenizer; its base model is served with them by `vllm "
+                f"serve {base}{at_revision} --hf-config-path {model}`"
             )
+
+
+class PruningModelConfig(HoliTomModelConfig):
+    """[`HoliTomModelConfig`] of a model whose kept positions travel through vLLM's pruning."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Overrides HoliTomModelConfig.verify_and_update_model_config: pruning is on. Its rate is not looked at."""
+        HoliTomModelConfig.verify_and_update_model_config(model_config)
+        settings = served_settings(model_config, keeps_positions=True)
+        model_config.get_multimodal_config().video_pruning_rate = max(1 - settings.retention_ratio, 0.01)
 
 
 def served_settings(model_config: ModelConfig, keeps_positions: bool = False) -> HoliTomConfig:

@@ -2,15 +2,10 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import Annotated
 
 import torch
-from transformers import BatchFeature
 from vllm.config import VllmConfig
-from vllm.config.multimodal import MultiModalDummyOptions
-from vllm.inputs import MultiModalHashes
 from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionDummyInputsBuilder,
     LlavaOnevisionForConditionalGeneration,
@@ -21,74 +16,34 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.model_executor.models.siglip import SiglipVisionModel
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
-from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.utils.tensor_schema import TensorShape
 
-from ..configuration import HoliTomConfig
 from ..merging.outer import merge_videos
 from ..merging.video_tokens import VideoTokens
 from .checkpoint import served_settings
-from .settings import RATIO, num_placeholders, request_settings
+from .processing import HoliTomMultiModalProcessorMixin, HoliTomProcessingInfoMixin
+from .settings import RATIO, num_placeholders
 from .siglip import encode_before_last, last_layer_importance
 from .weight_names import PUBLISHED_TOWER, TOWER
 
 
-class HoliTomLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
+class HoliTomLlavaOnevisionProcessingInfo(HoliTomProcessingInfoMixin, LlavaOnevisionProcessingInfo):
     """What a video costs: [`num_placeholders`]. Upstream's own numbers stay those of the uncompressed video."""
-
-    @cached_property
-    def settings(self) -> HoliTomConfig:
-        """Those that a request changes the rate of."""
-        return served_settings(self.ctx.model_config)
 
     @property
     def tokens_per_frame(self) -> int:
         """T: a frame's patches, pooled by two along both sides."""
         return math.ceil(self.get_vision_encoder_info().get_patch_grid_length() / 2) ** 2
 
-    def request_settings(self, mm_processor_kwargs: Mapping[str, object]) -> HoliTomConfig:
-        """Those of one request."""
-        return request_settings(self.settings, mm_processor_kwargs)
 
-
-class HoliTomLlavaOnevisionMultiModalProcessor(LlavaOnevisionMultiModalProcessor):
+class HoliTomLlavaOnevisionMultiModalProcessor(HoliTomMultiModalProcessorMixin, LlavaOnevisionMultiModalProcessor):
     """`LlavaOnevisionMultiModalProcessor` that puts as many placeholders as the compressed video has tokens."""
 
     info: HoliTomLlavaOnevisionProcessingInfo
-
-    def get_dummy_inputs(
-        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
-    ) -> ProcessorInputs:
-        """
-        Overrides BaseMultiModalProcessor.get_dummy_inputs: profiling tries an uncompressed video, whose pixels the
-        encoder needs memory for whatever is left of it, and which a request may ask for.
-        """
-        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
-        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, RATIO: 1.0})
-
-    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
-        """Overrides BaseMultiModalProcessor._get_mm_hashes: all caches tell videos of other settings apart."""
-        settings = {"holitom_config": self.info.settings.to_dict()}
-        kwargs = {**inputs.hf_processor_mm_kwargs, **settings}
-        return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
-
-    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        """Overrides LlavaOnevisionMultiModalProcessor._apply_hf_processor_main: the rate travels beside the pixels."""
-        settings = self.info.request_settings(hf_kwargs)
-        upstream_kwargs = {name: value for name, value in hf_kwargs.items() if name != RATIO}
-        outputs = super()._apply_hf_processor_main(mm_items, upstream_kwargs)
-        if "pixel_values_videos" in outputs:
-            num_videos = len(outputs["pixel_values_videos"])
-            outputs[RATIO] = torch.full((num_videos,), settings.retention_ratio, dtype=torch.float64)
-        return outputs
-
-    def _get_mm_fields_config(
-        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
-    ) -> Mapping[str, MultiModalFieldConfig]:
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {**fields, RATIO: MultiModalFieldConfig.batched("video", keep_on_cpu=True)}
+    per_video = "pixel_values_videos"
 
     def _get_prompt_updates(
         self,
@@ -129,8 +84,8 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
     """
     vLLM's `LlavaOnevisionForConditionalGeneration` whose encoder shortens videos.
 
-    The tower, its attention kernels, the decoder and its cache are vLLM's. A video's tokens take the first positions and
-    text follows on them: positions are numbered anew by there being fewer placeholders.
+    The tower, its attention kernels, the decoder and its cache are vLLM's. A video's tokens take the first positions
+    and text follows on them: positions are numbered anew by there being fewer placeholders.
 
     Raises:
         ValueError: If settings need the attention of a tower that is not SigLIP.
@@ -146,12 +101,12 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
         self.settings = served_settings(vllm_config.model_config)
         if self.settings.needs_importance and not isinstance(self.vision_tower, SiglipVisionModel):
             raise ValueError(
-                f"outer_method={self.settings.outer_method!r} needs the attention of a SigLIP tower; this model's is a "
-                f"{type(self.vision_tower).__name__}"
+                f"outer_method={self.settings.outer_method!r} needs the attention of a SigLIP tower; this model's is "
+                f"a {type(self.vision_tower).__name__}"
             )
         vision_config = vllm_config.model_config.hf_config.vision_config
         self.tokens_per_frame = math.ceil(vision_config.image_size // vision_config.patch_size / 2) ** 2
-        # The scheduler counts compressed tokens. The tower takes no more frames at once than these would be uncompressed.
+        # The scheduler counts compressed tokens; the tower never takes more frames at once than fit uncompressed.
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         self.frames_at_once = max(1, budget // self.tokens_per_frame)
 
@@ -205,7 +160,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
 
     def encode_frames(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
-        Features (F, T, D) of F frames (F, C, H, W); where settings need them importance (F, T) and keys (F, T, K), too.
+        Features (F, T, D) of F frames (F, C, H, W), and where settings need them importance (F, T), keys (F, T, K).
         """
         if not self.settings.needs_importance:
             return (self._video_pixels_to_features(self.vision_tower, pixels),)

@@ -25,8 +25,8 @@ def checkpoint_settings(hf_config: PreTrainedConfig, model: str, revision: str |
     The settings that a model is served with.
 
     Args:
-        hf_config: As the engine has it. `holitom_config` in it, a dictionary or what remote code has made of one, overlays
-            what the file says: the engine puts overrides in place of all of it.
+        hf_config: As the engine has it. `holitom_config` in it, a dictionary or what remote code has made of one,
+            overlays what the file says: the engine puts overrides in place of all of it.
         model: Folder or Hub repository of the checkpoint.
         revision: Of it.
 
@@ -45,28 +45,29 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
 
     Args:
         settings: As a checkpoint has them.
-        keeps_positions: Whether tokens of this model can stand anywhere; else they are numbered as they come.
+        keeps_positions: Whether tokens of this model stand where the engine's pruning leaves them, which is where they
+            stood uncompressed; else they are numbered as they come.
 
     Returns:
         Those in force, and what they leave out, in words.
 
     Raises:
-        ValueError: If tokens are to be chosen by the question, which an engine's encoder does not see, or rows are to end
-            with newlines.
+        ValueError: If tokens are to be chosen by the question, which an engine's encoder does not see, or rows are to
+            end with newlines.
     """
     if settings.newline_position != "end":
         raise ValueError(
-            f"newline_position={settings.newline_position!r} is LLaVA-Video's; in an engine a video has one newline, \"end\""
+            f"newline_position={settings.newline_position!r} is LLaVA-Video's, which an engine does not serve: set 'end'"
         )
     if settings.needs_question:
         raise ValueError(
-            f"outer_method={settings.outer_method!r} chooses tokens by the question, which the encoder of an engine does "
-            "not see: take another method"
+            f"outer_method={settings.outer_method!r} chooses tokens by the question, which the encoder of an engine "
+            "does not see: take another method"
         )
     left_out = []
-    if settings.position_ids == "kept" and not keeps_positions:
-        settings = settings.overlaid({"position_ids": "packed"})
-        left_out.append("kept positions (this model's are numbered as tokens come)")
+    positions = "kept" if keeps_positions else "packed"
+    if settings.position_ids != positions:
+        left_out.append(f"{settings.position_ids} positions (this model's are {positions})")
     is_asked = {
         "inner_method": settings.has_inner_stage,
         "proportional_attention": settings.proportional_attention,
@@ -74,7 +75,7 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
     }
     left_out += [words for name, (_, words) in LEFT_OUT.items() if is_asked[name]]
     off = {name: value for name, (value, _) in LEFT_OUT.items()}
-    return settings.overlaid({"exact_budget": True} | off), left_out
+    return settings.overlaid({"exact_budget": True, "position_ids": positions} | off), left_out
 
 
 def request_settings(settings: HoliTomConfig, mm_processor_kwargs: Mapping[str, Any]) -> HoliTomConfig:
