@@ -2,7 +2,7 @@
 
 import os
 
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import model_parallel_is_initialized
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -40,6 +40,18 @@ class HoliTomModelConfig(VerifyAndUpdateConfig):
                 f"{model} holds settings alone, no weights or tokenizer; its base model is served with them by `vllm "
                 f"serve {base}{at_revision} --hf-config-path {model}`"
             )
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """
+        Overrides VerifyAndUpdateConfig.verify_and_update_config: the encoder's share of a step is counted in tokens
+        that are left. It gets as many videos as it would uncompressed, or first tokens wait for the encoding of all.
+        """
+        settings = HoliTomConfig.coerce(vllm_config.model_config.hf_config.holitom_config)
+        if settings.has_outer_stage:
+            scheduler_config = vllm_config.scheduler_config
+            num_tokens = scheduler_config.max_num_encoder_input_tokens * settings.retention_ratio
+            scheduler_config.max_num_encoder_input_tokens = max(1, round(num_tokens))
 
 
 class PruningModelConfig(HoliTomModelConfig):

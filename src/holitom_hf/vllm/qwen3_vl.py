@@ -89,38 +89,38 @@ class HoliTomQwen3VLVideoPixelInputs(Qwen2_5_VLVideoPixelInputs):
 
 
 @contextmanager
-def last_block_input(tower: nn.Module) -> Iterator[dict]:
-    """What goes into a tower's last block while this lasts: its named arguments, and `x`."""
+def last_attention_input(tower: nn.Module) -> Iterator[dict]:
+    """What goes into the attention of a tower's last block while this lasts: its named arguments, and `x`."""
     seen = {}
 
-    def see(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def see(attention: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.update(kwargs, x=args[0])
 
-    hook = tower.blocks[-1].register_forward_pre_hook(see, with_kwargs=True)
+    # Of the attention: vLLM's blocks, which it may compile, call no hooks.
+    hook = tower.blocks[-1].attn.register_forward_pre_hook(see, with_kwargs=True)
     try:
         yield seen
     finally:
         hook.remove()
 
 
-def last_block_importance(
-    block: nn.Module, seen: dict, grids: list[list[int]], merge_size: int
+def last_attention_importance(
+    attention: nn.Module, seen: dict, grids: list[list[int]], merge_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    What each token receives of a block's attention, from its own input, fused projection and rotary embedding. The
-    block itself runs on whichever kernel it has.
+    What each token receives of an attention, from its own input, fused projection and rotary embedding. It runs on
+    whichever kernel it has.
 
     Args:
-        block: One of vLLM's Qwen3-VL.
-        seen: From [`last_block_input`].
+        attention: Of a block of vLLM's Qwen3-VL.
+        seen: From [`last_attention_input`].
         grids: (T, h, w) of every video.
         merge_size: Side of the square of patches that makes a token.
 
     Returns:
         For each video (F, T) float32, and the keys before rotation, averaged over heads and the square, (F, T, K).
     """
-    attention = block.attn
-    projected, _ = attention.qkv(block.norm1(seen["x"]))  # (P, 1, 3 * heads * d)
+    projected, _ = attention.qkv(seen["x"])  # (P, 1, 3 * heads * d)
     heads = (3, attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head)
     queries_keys = projected.squeeze(1).unflatten(-1, heads)[:, :2].transpose(0, 1).contiguous()  # (2, P, heads, d)
     rotated = attention.apply_rotary_emb(queries_keys, seen["rotary_pos_emb_cos"], seen["rotary_pos_emb_sin"])
@@ -175,9 +175,9 @@ class HoliTomQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         grids = video_input["video_grid_thw"].tolist()
         merge_size = self.visual.spatial_merge_size
         if self.settings.needs_importance:
-            with last_block_input(self.visual) as seen:
+            with last_attention_input(self.visual) as seen:
                 embeddings = super()._process_video_input(video_input)
-            importance = last_block_importance(self.visual.blocks[-1], seen, grids, merge_size)
+            importance = last_attention_importance(self.visual.blocks[-1].attn, seen, grids, merge_size)
         else:
             embeddings = super()._process_video_input(video_input)
             importance = [(None, None)] * len(grids)

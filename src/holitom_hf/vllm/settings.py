@@ -57,7 +57,7 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
     """
     if settings.newline_position != "end":
         raise ValueError(
-            f"newline_position={settings.newline_position!r} is LLaVA-Video's, which an engine does not serve: set 'end'"
+            f"newline_position={settings.newline_position!r} is LLaVA-Video's, which is not served: set 'end'"
         )
     if settings.needs_question:
         raise ValueError(
