@@ -24,7 +24,12 @@ def engine():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function is sent to the process with the model
         engine = vllm.LLM(
-            model=str(SMALL_QWEN), dtype="float32", enforce_eager=True, max_model_len=4096, gpu_memory_utilization=0.1
+            model=str(SMALL_QWEN),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=4096,
+            gpu_memory_utilization=0.1,
+            mm_processor_cache_gb=0,  # so that pixels are there to look at
         )
         yield engine
         engine.llm_engine.engine_core.shutdown()
