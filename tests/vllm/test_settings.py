@@ -1,0 +1,105 @@
+"""What needs no engine: settings, counts, names, and telling vLLM of the models."""
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+from transformers import LlavaOnevisionConfig
+
+from holitom_hf import HoliTomConfig
+from holitom_hf import vllm as room
+from holitom_hf.bundled import BUNDLED_MODEL
+from holitom_hf.vllm.settings import checkpoint_settings, engine_settings, num_placeholders, request_settings
+from holitom_hf.vllm.weight_names import published_name
+
+
+def test_counts_follow_from_sizes_and_the_rate_alone():
+    settings, _ = engine_settings(HoliTomConfig(retention_ratio=0.15), keeps_positions=False)
+    assert num_placeholders(settings, 32, 196) == 941 + 1  # 0.15 * 6272 = 940.8
+    assert num_placeholders(request_settings(settings, {"retention_ratio": 0.1}), 32, 196) == 627 + 1
+    assert num_placeholders(request_settings(settings, {"retention_ratio": 1}), 32, 196) == 6272 + 1
+    assert request_settings(settings, {"fps": 2}) == settings
+
+
+@pytest.mark.parametrize(("ratio", "error"), [(0, ValueError), (1.5, ValueError), ("much", TypeError)])
+def test_a_rate_that_is_none_is_an_error_that_names_it(ratio, error):
+    with pytest.raises(error, match="retention_ratio"):
+        request_settings(HoliTomConfig(), {"retention_ratio": ratio})
+
+
+def test_what_an_engine_has_no_place_for_is_off_and_said():
+    asked = HoliTomConfig(inner_merge_layer=3, proportional_attention=True, vision_reuse_layer=2, position_ids="kept")
+    settings, left_out = engine_settings(asked, keeps_positions=False)
+    assert settings.exact_budget
+    assert settings.position_ids == "packed"
+    assert not settings.has_inner_stage
+    assert not settings.proportional_attention
+    assert not settings.has_vision_stage
+    assert len(left_out) == 4
+    assert engine_settings(settings, keeps_positions=False) == (settings, [])
+    assert engine_settings(asked, keeps_positions=True)[0].position_ids == "kept"
+
+
+@pytest.mark.parametrize("fields", [{"outer_method": "question_tokens"}, {"newline_position": "row"}])
+def test_what_can_not_be_served_is_an_error(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        engine_settings(HoliTomConfig(**fields), keeps_positions=False)
+
+
+def test_overrides_lie_over_the_settings_of_the_checkpoint():
+    config = LlavaOnevisionConfig()  # an engine without remote code has upstream's
+    of_file = checkpoint_settings(config, str(BUNDLED_MODEL))
+    assert of_file.inner_merge_layer == 5  # not the default
+    config.holitom_config = {"retention_ratio": 0.3}
+    assert checkpoint_settings(config, str(BUNDLED_MODEL)) == of_file.overlaid({"retention_ratio": 0.3})
+    config.holitom_config = HoliTomConfig(retention_ratio=0.2)
+    assert checkpoint_settings(config, str(BUNDLED_MODEL)).inner_merge_layer == 18
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_both_names_of_the_tower_are_the_published_one(prefix):
+    published = f"{prefix}vision_tower.vision_model.encoder.layers.0.layer_norm1.bias"
+    assert published_name(published.replace("vision_model.", "")) == published
+    assert published_name(published) == published
+    assert published_name("language_model.model.norm.weight") == "language_model.model.norm.weight"
+
+
+class Registry:
+    """As much of vLLM's as the plugin uses."""
+
+    def __init__(self):
+        self.registered = []
+
+    def get_supported_archs(self):
+        return [name for name, _ in self.registered]
+
+    def register_model(self, name, place):
+        self.registered.append((name, place))
+
+
+@pytest.mark.skipif("vllm" in sys.modules, reason="takes the place of vLLM")
+def test_models_are_registered_once_however_often_it_is_asked_for(monkeypatch):
+    registry, configs = Registry(), {}
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.config"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    checkpoint = ModuleType("holitom_hf.vllm.checkpoint")
+    checkpoint.HoliTomModelConfig, checkpoint.PruningModelConfig = type("A", (), {}), type("B", (), {})
+    monkeypatch.setitem(sys.modules, checkpoint.__name__, checkpoint)
+    sys.modules["vllm"].ModelRegistry = registry
+    module.MODELS_CONFIG_MAP = configs
+    room.register()
+    room.register()
+    assert [name for name, _ in registry.registered] == list(room.ARCHITECTURES) == list(configs)
+    assert registry.registered[0][1] == (
+        "holitom_hf.vllm.llava_onevision:HoliTomLlavaOnevisionForConditionalGeneration"
+    )
+
+
+@pytest.mark.skipif("vllm" in sys.modules, reason="vLLM is there")
+def test_without_vllm_nothing_is_registered(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    room.register()
+    assert "vllm" not in sys.modules

@@ -1,0 +1,98 @@
+"""
+What our transformers classes answer, written to a file: in an environment of its own, since vLLM pins another release.
+
+    python -m tests.vllm.transformers_answers FILE [--questions 200]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from holitom_hf import (
+    HoliTomConfig,
+    HoliTomLlavaOnevisionForConditionalGeneration,
+    HoliTomProcessor,
+    HoliTomQwen3VLForConditionalGeneration,
+    HoliTomQwen3VLProcessor,
+)
+from holitom_hf.bundled import BUNDLED_MODEL
+from holitom_hf.merging.outer import merge_videos
+
+from .questions import ENGINE, QWEN_PROMPT, QWEN_RATIOS, RATIOS, SMALL_QWEN, drawn_questions, metadata_of, prompt_of
+
+
+def llava_inputs(processor, frames, question):
+    """Of the bundled model."""
+    return processor(text=prompt_of(question), videos=[frames], return_tensors="pt")
+
+
+def qwen_inputs(processor, frames, question):
+    """Of the small Qwen3-VL."""
+    return processor(
+        text=QWEN_PROMPT.format(question=question),
+        videos=[frames],
+        video_metadata=[metadata_of(frames)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+
+
+def answers_of(model, processor, inputs_of, settings: HoliTomConfig, number: int) -> list[dict]:
+    """Of each question the answer's tokens, and how far the best token of each step was from the second."""
+    answers = []
+    for frames, question, _ in drawn_questions(number):
+        inputs = inputs_of(processor, frames, question)
+        out = model.generate(
+            **inputs,
+            holitom_config=settings,
+            max_new_tokens=8,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        best = [scores[0].topk(2).values for scores in out.scores]
+        ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        answers.append({"ids": ids, "margins": [float(first - second) for first, second in best]})
+    return answers
+
+
+@torch.no_grad()
+def encoded(model, processor, settings: HoliTomConfig, number: int = 2) -> list[dict]:
+    """Of each video the tokens that are left of it, in the order of their places."""
+    videos = []
+    for frames, question, _ in drawn_questions(number):
+        inputs = qwen_inputs(processor, frames, question)
+        output = model.model.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], holitom_config=settings
+        )
+        (merged,), (tokens,) = merge_videos(model.model.video_tokens(output), settings)
+        order = merged.place.argsort()
+        videos.append({"places": merged.place[order].tolist(), "tokens": tokens[order].tolist()})
+    return videos
+
+
+def main() -> None:
+    """Writes the answers of the bundled model, and what the small Qwen3-VL encodes, by ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--questions", type=int, default=200)
+    args = parser.parse_args()
+    kwargs = {"dtype": torch.float32}
+    model = HoliTomLlavaOnevisionForConditionalGeneration.from_pretrained(BUNDLED_MODEL, **kwargs).eval()
+    processor = HoliTomProcessor.from_pretrained(BUNDLED_MODEL)
+    qwen = HoliTomQwen3VLForConditionalGeneration.from_pretrained(SMALL_QWEN, **kwargs).eval()
+    qwen_processor = HoliTomQwen3VLProcessor.from_pretrained(SMALL_QWEN)
+    answers = {"llava_onevision": {}, "qwen3_vl_encoder": {}}
+    for ratio in RATIOS:
+        settings = HoliTomConfig(retention_ratio=ratio, **ENGINE)
+        answers["llava_onevision"][ratio] = answers_of(model, processor, llava_inputs, settings, args.questions)
+    for ratio in QWEN_RATIOS:
+        settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
+        answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)
+    args.file.write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
