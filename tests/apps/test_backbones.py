@@ -116,6 +116,8 @@ def test_answer_about_smaller_frames_at_a_rate(folder, clips, answerer):
 
 
 def test_batch_and_pictures_take_smaller_frames_at_a_rate_as_answer_does(folder, clips, answerer, tmp_path):
+    if is_llava_video(folder):
+        pytest.skip("its frames have one size")
     options = ["--model", folder, "--fps", 1, "--max-pixels", 2048]
     frames, height, width = answerer.processor.video_processor(
         str(clips[0]), fps=1, max_pixels=2048, return_tensors="pt"
@@ -132,7 +134,8 @@ def test_batch_and_pictures_take_smaller_frames_at_a_rate_as_answer_does(folder,
 def test_a_frame_that_is_repeated_is_told(folder, clips):
     options = ["--model", folder, "--max-new-tokens", 2]
     odd = run("answer", clips[0], QUESTIONS[0], *options, "--frames", 5).stdout
-    assert "6 (the last of 5 repeated: this model takes frames in pairs)" in odd
+    takes_pairs = not is_llava_video(folder)
+    assert ("6 (the last of 5 repeated: this model takes frames in pairs)" in odd) == takes_pairs
     assert "repeated" not in run("answer", clips[0], QUESTIONS[0], *options, "--frames", 6).stdout
 
 

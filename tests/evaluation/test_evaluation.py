@@ -19,7 +19,7 @@ from holitom_hf.apps.command_line.app import app
 from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.bundled.questions import second_turns, write_set
 from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
-from holitom_hf.evaluation import running
+from holitom_hf.evaluation import report, running
 from holitom_hf.evaluation.methods import ROWS, Run, ablation_runs, full_run, method_runs, settings_runs, vision_runs
 from holitom_hf.evaluation.report import check_claims, summarize, write_report
 from holitom_hf.evaluation.running import Result, describe, evaluate, is_right
@@ -420,8 +420,9 @@ def test_report_holds_every_run(results, runs, answerer, tmp_path):
 
 
 def test_towers_that_leave_something_out_are_compared_with_the_same_behind_all_patches(
-    answerer, folder, asked, tmp_path
+    answerer, folder, asked, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(report, "MIN_VIDEOS", 1)
     own = answerer.config.holitom_config
     runs = [full_run(own), *vision_runs(own, ratio=0.3)]
     results = evaluate(answerer, folder / "questions", asked, runs, tmp_path, max_new_tokens=3, num_counted=0)

@@ -687,7 +687,7 @@ class TestSettingsOfOtherModels:
         [(name, value), *_] = settings.items()
         title = family.ours("Config").backbone.title
         return pytest.raises(
-            ValueError, match=f"^{name} '{value}' is for LLaVA-OneVision alone: with {title} choose {choice}$"
+            ValueError, match=f"^{name} '{value}' is for LLaVA alone: with {title} choose {choice}$"
         )
 
     def test_when_they_are_assigned(self, family, settings, choice):

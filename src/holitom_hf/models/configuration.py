@@ -47,7 +47,7 @@ class HoliTomConfigMixin:
         for name in self.backbone.fixed_settings:
             value, only, title = getattr(settings, name), getattr(HoliTomConfig, name), self.backbone.title
             if value != only:
-                raise ValueError(f"{name} {value!r} is for LLaVA-OneVision alone: with {title} choose {only!r}")
+                raise ValueError(f"{name} {value!r} is for LLaVA alone: with {title} choose {only!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Overrides PreTrainedConfig.to_dict: the settings become a dictionary, too."""

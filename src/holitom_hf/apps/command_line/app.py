@@ -114,6 +114,10 @@ def answer(
         console.print(BUNDLED_ABOUT, style="dim")
 
 
+def _segments(count: int) -> str:
+    return f"{count} segment{'' if count == 1 else 's'}"
+
+
 def _summary(result, newlines: str, asked: int | None) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -122,7 +126,7 @@ def _summary(result, newlines: str, asked: int | None) -> Table:
     taken = f"{result.num_frames}"
     if asked is not None and asked < result.num_frames:
         taken += f" (the last of {asked} repeated: this model takes frames in pairs)"
-    table.add_row("frames", f"{taken}, in {result.num_segments} segments" if is_cut else taken)
+    table.add_row("frames", f"{taken}, in {_segments(result.num_segments)}" if is_cut else taken)
     if result.computed_patches is not None:
         table.add_row("vision tower", f"{result.computed_patches:.1%} of the patches computed in its later layers")
     tokens = f"{result.visual_tokens_before} -> {result.visual_tokens_outer} before the decoder"
@@ -260,8 +264,8 @@ def visualize(
         if view.survives is not None:
             left = f", {int((view.survives.cpu() & is_token).sum())} left by stage 3"
         print(
-            f"Wrote {out}: {merged.num_input_tokens} tokens of {len(view.frames)} frames in {len(merged.segments)} "
-            f"segments, {int(is_token.sum())} kept{left}."
+            f"Wrote {out}: {merged.num_input_tokens} tokens of {len(view.frames)} frames in "
+            f"{_segments(len(merged.segments))}, {int(is_token.sum())} kept{left}."
         )
 
 
