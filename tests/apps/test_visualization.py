@@ -573,7 +573,9 @@ class TestCommand:
     def test_a_picture(self, demo, tmp_path):
         out = tmp_path / "new" / "merged.png"
         result = run("visualize", demo / "clip.mp4", "-o", out, "--model", demo / "model", "--frames", 8)
-        assert re.search(r"392 tokens of 8 frames in \d segments?, \d+ kept, \d+ left", " ".join(result.stdout.split()))
+        assert re.search(
+            r"392 tokens of 8 frames in \d segments?, \d+ kept, \d+ left", " ".join(result.stdout.split())
+        )
         picture = np.asarray(Image.open(out).convert("RGB"))
         assert picture.shape[1] == 1650
         assert picture.std() > 20

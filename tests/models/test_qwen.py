@@ -686,9 +686,7 @@ class TestSettingsOfOtherModels:
     def refused(self, family: Family, settings: dict, choice: str):
         [(name, value), *_] = settings.items()
         title = family.ours("Config").backbone.title
-        return pytest.raises(
-            ValueError, match=f"^{name} '{value}' is for LLaVA alone: with {title} choose {choice}$"
-        )
+        return pytest.raises(ValueError, match=f"^{name} '{value}' is for LLaVA alone: with {title} choose {choice}$")
 
     def test_when_they_are_assigned(self, family, settings, choice):
         with self.refused(family, settings, choice):
