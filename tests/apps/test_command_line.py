@@ -207,3 +207,28 @@ class TestBadInput:
         assert run("answer", check=2).stderr
         assert run("no-such-command", check=2).stderr
         assert "answer" in run("--help").stdout
+
+
+@pytest.mark.parametrize("command", ["answer", "batch", "visualize"])
+def test_options_that_exclude_each_other_are_told_before_anything_is_loaded(command, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "video": "a.mp4", "question": "What?"}) + "\n")
+    out = tmp_path / "out.jsonl"
+    arguments = {
+        "answer": ["a.mp4", "What?"],
+        "batch": [tmp_path / "in.jsonl", out],
+        "visualize": ["a.mp4", "-o", tmp_path / "a.png"],
+    }[command]
+    arguments = [command, *arguments, "--model", tmp_path / "none"]
+    assert failure(*arguments, "--frames", 4, "--fps", 1) == (
+        "error: --frames and --fps exclude each other: give one of them"
+    )
+    error = failure(*arguments, "--min-pixels", 9000, "--max-pixels", 100)
+    assert error == "error: --min-pixels 9000 is more than --max-pixels 100"
+    assert not out.exists()
+
+
+def test_a_field_of_a_configuration_that_is_no_number_is_one_line(demo, tmp_path):
+    values = json.loads((demo / "model" / "config.json").read_text())
+    values["text_config"]["hidden_size"] = "big"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert "hidden_size" in failure("answer", demo / "clip.mp4", "What?", "--model", tmp_path)

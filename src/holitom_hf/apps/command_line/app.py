@@ -31,6 +31,7 @@ from .options import (
     Port,
     Preset,
     RetentionRatio,
+    check_sampling,
     find_model,
     one_line_errors,
     quiet,
@@ -84,6 +85,7 @@ def answer(
     with one_line_errors():
         if not question.strip():
             raise ValueError("the question is empty: ask something about the video")
+        check_sampling(frames, fps, min_pixels, max_pixels)
         name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         with step("Loading torch and transformers"):
@@ -169,6 +171,7 @@ def batch(
 ) -> None:
     """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
     with one_line_errors():
+        check_sampling(frames, fps, min_pixels, max_pixels)
         name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         from ..batch.inputs import input_ids, read_inputs
@@ -241,6 +244,7 @@ def visualize(
 ) -> None:
     """Shows segments, and which tokens of a video are kept, merged and dropped."""
     with one_line_errors():
+        check_sampling(frames, fps, min_pixels, max_pixels)
         name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         from ...merging.merged_video import TokenKind

@@ -54,9 +54,11 @@ class ManyValues(TyperCommand):
 @contextlib.contextmanager
 def one_line_errors():
     """What a caller may have got wrong becomes one line on stderr and exit code 1."""
+    from huggingface_hub.errors import StrictDataclassError  # of a field of config.json
+
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
@@ -73,6 +75,14 @@ def find_model(model: str) -> tuple[str, dict]:
 
     name = model_name(model)
     return name, hub_options(name)
+
+
+def check_sampling(frames: int | None, fps: float | None, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Raises a `ValueError` if options of how a video is read exclude each other, whatever model reads it."""
+    if frames is not None and fps is not None:
+        raise ValueError("--frames and --fps exclude each other: give one of them")
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise ValueError(f"--min-pixels {min_pixels} is more than --max-pixels {max_pixels}")
 
 
 def settings_of(preset: str | None, retention_ratio: float | None):
