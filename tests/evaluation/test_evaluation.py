@@ -518,7 +518,7 @@ def test_a_set_of_the_split_and_seed_that_are_asked_for_is_drawn(folder, tmp_pat
 def test_all_methods_have_one_word():
     runs = method_runs(HoliTomConfig(), ["all"], [0.2])
     assert [run.method for run in runs] == ["full", *ROWS]
-    assert {"vidcom2", "divprune", "dycoke", "fastvid", "flashvid", "unicomp", "holitom_stop"} < set(ROWS)
+    assert {"vidcom2", "divprune", "dycoke", "fastvid", "flashvid", "unicomp", "prunevid", "holitom_stop"} < set(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ METHODS |= (
     _other("fastvid", "FastVID", "importance flops", position_ids="kept"),
     _other("flashvid", "FlashVID", "importance flops"),
     _other("unicomp", "UniComp", "importance flops"),
+    _other("prunevid", "PruneVid, before the decoder", "flops"),
     _other("holitom_stop", "HoliTom with SToP", "importance"),
     _other("temporal_pooling", "means over time (STORM)"),
     _other("question_tokens", "tokens like the question", "question flops", "control", "question"),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..apportionment import apportion, evenly, kept_tokens
-from ..density import density_peaks
+from ..density import density_peaks, join_peaks
 from ..host_numbers import on_device
 from ..merged_video import MergedVideo
 from ..spatial import masked_positions
@@ -199,11 +199,7 @@ def cluster_trees(
     counts = apportion(share, num_roots, num_clusters, tokens_per_frame)  # (F,)
 
     distance, score = density_peaks(means, is_root, counts.clamp(1, MOST_NEIGHBORS)[:, None], MOST_NEIGHBORS)
-    order = score.argsort(dim=1, descending=True, stable=True)
-    has_turn = torch.arange(tokens_per_frame, device=means.device) < counts[:, None]
-    is_center = torch.zeros_like(is_root).scatter_(1, order, has_turn)
-    home = distance.masked_fill(~is_center[:, None], torch.inf).argmin(-1)
-    home = torch.where(is_center, torch.arange(tokens_per_frame, device=means.device), home)
+    is_center, home = join_peaks(distance, score, counts)
     home = home + tokens_per_frame * torch.arange(num_frames, device=means.device)[:, None]
     home = torch.where(is_root & (counts > 0)[:, None], home, -1)
     return masked_positions(is_center.view(1, -1), num_clusters)[0], home.flatten()
