@@ -8,8 +8,9 @@ SITE := site
 UPSTREAM := .upstream
 OLDEST_TRANSFORMERS := 5.21.0
 VLLM := 0.32.0
+KVPRESS := 0.5.2
 
-.PHONY: bench demo docs test test-all test-oldest test-lmms-eval test-vllm test-upstream lint format clean
+.PHONY: bench demo docs test test-all test-oldest test-lmms-eval test-kvpress test-vllm test-upstream lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'holitom-hf needs Python 3.10 or newer'"
@@ -38,6 +39,13 @@ test-lmms-eval:
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check lmms-eval
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" "filelock<4"
 	.venv-lmms/bin/python -m pytest tests/apps/test_lmms_eval.py
+
+# kvpress wraps the attention functions of whatever process imports it. Later releases than this one pin a transformers
+# older than 5.3.
+test-kvpress:
+	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" kvpress==$(KVPRESS)
+	.venv-kvpress/bin/python -m pytest tests/models/test_kvpress.py
 
 # vLLM's CPU build pins a torch that torchvision does not load beside; the plain one runs. It pins transformers, too, so that
 # what our own class answers is written in the other environment.
@@ -80,4 +88,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-lmms .venv-vllm .vllm $(DEMO) $(BENCH) $(UPSTREAM) $(SITE) build dist
+	rm -rf $(VENV) .venv-oldest .venv-lmms .venv-kvpress .venv-vllm .vllm $(DEMO) $(BENCH) $(UPSTREAM) $(SITE) build dist

@@ -45,6 +45,11 @@ class _KeyRecorder:
         self.keys, values = self.cache.update(*args, **kwargs)
         return self.keys, values
 
+    @property
+    def layers(self) -> list:
+        """Where hooks on attention look for what is cached."""
+        return self.cache.layers
+
 
 class HoliTomDecoderMixin:
     """
