@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..sequence.compressed_sequence import CompressedSequence
 from .upstream import CACHE_NAME, OLD_CACHE_NAME, cache_of
 
 
@@ -47,7 +49,7 @@ def pressing(model: nn.Module, press: Any) -> Iterator[None]:
             raise ValueError("nothing in the cache was compressed: a press needs a prompt with a compressed video")
         if getattr(output, "merged_videos", None) is not None:
             lengths = [layer.get_seq_length() for layer in cache.layers]
-            record.shortened(lengths).attach(cache)
+            shortened(record, lengths).attach(cache)
 
     press.post_init_from_model(model)
     attentions = [layer.self_attn for layer in decoder.layers]
@@ -63,3 +65,24 @@ def pressing(model: nn.Module, press: Any) -> Iterator[None]:
         for attention in attentions:
             if hasattr(attention, "rotary_emb"):
                 del attention.rotary_emb
+
+
+def shortened(record: CompressedSequence, lengths: list[int]) -> CompressedSequence:
+    """
+    A cache's record after keys and values were dropped in each layer, other ones in each head perhaps.
+
+    Args:
+        record: Of the cache as the forward pass left it.
+        lengths: How many positions each layer holds now.
+
+    Raises:
+        ValueError: If it is not known which positions are left and that matters (padding, sizes), or layers before
+            stage 3, or those from it on, differ.
+    """
+    if record.is_padded or record.outer_sizes is not None or record.inner_sizes is not None:
+        raise ValueError("keys can't be dropped by head where rows are padded or attention is proportional to sizes")
+    split = record.inner_layer if record.inner_layer is not None else len(lengths)
+    outer, inner = lengths[:split], lengths[split:] or lengths[:1]
+    if len(set(outer)) > 1 or len(set(inner)) > 1:
+        raise ValueError(f"layers that see the same tokens must stay equally long, but they hold {lengths}")
+    return replace(record, outer_mask=record.outer_mask[:, : outer[0]], inner_mask=record.inner_mask[:, : inner[0]])

@@ -154,27 +154,6 @@ class CompressedSequence:
             is_padded=self.is_padded or attention_mask is not None,
         )
 
-    def shortened(self, lengths: list[int]) -> CompressedSequence:
-        """
-        The record after keys and values were dropped in each layer, other ones in each head perhaps.
-
-        Args:
-            lengths: How many positions each layer holds now.
-
-        Raises:
-            ValueError: If it is not known which positions are left and that matters (padding, sizes), or layers
-                before stage 3, or those from it on, differ.
-        """
-        if self.is_padded or self.outer_sizes is not None or self.inner_sizes is not None:
-            raise ValueError(
-                "keys can't be dropped by head where rows are padded or attention is proportional to sizes"
-            )
-        split = self.inner_layer if self.inner_layer is not None else len(lengths)
-        outer, inner = lengths[:split], lengths[split:] or lengths[:1]
-        if len(set(outer)) > 1 or len(set(inner)) > 1:
-            raise ValueError(f"layers that see the same tokens must stay equally long, but they hold {lengths}")
-        return replace(self, outer_mask=self.outer_mask[:, : outer[0]], inner_mask=self.inner_mask[:, : inner[0]])
-
     def is_real(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor:
         """(B, L) bool, which of the L positions after those of the record are no padding."""
         if attention_mask is None:
