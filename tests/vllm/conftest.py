@@ -16,3 +16,13 @@ def transformers_answers(request):
     if file is None:
         pytest.skip("needs --answers, the file of transformers_answers.py")
     return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="session")
+def transformers_batch(request):
+    """The folder with inputs of a batch and what transformers recorded, absolute as it was there."""
+    file = request.config.getoption("--answers", None)
+    folder = None if file is None else file.absolute().with_suffix(".batch")
+    if folder is None or not folder.is_dir():
+        pytest.skip("needs --answers, the file of transformers_answers.py, and the folder it wrote beside")
+    return folder

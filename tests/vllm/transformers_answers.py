@@ -6,6 +6,9 @@ What our transformers classes answer, written to a file: in an environment of it
 
 import argparse
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from holitom_hf import (
     HoliTomQwen3VLProcessor,
 )
 from holitom_hf.bundled import BUNDLED_MODEL
+from holitom_hf.bundled.questions import write_set
 from holitom_hf.merging.outer import merge_videos
 
 from .questions import ENGINE, QWEN_PROMPT, QWEN_RATIOS, RATIOS, SMALL_QWEN, drawn_questions, metadata_of, prompt_of
@@ -73,8 +77,25 @@ def encoded(model, processor, settings: HoliTomConfig, number: int = 2) -> list[
     return videos
 
 
+def write_batch(folder: Path, number: int = 40) -> None:
+    """Inputs of `holitom-hf batch`, some of which can't be answered, and the records of transformers."""
+    shutil.rmtree(folder, ignore_errors=True)
+    asked = write_set(folder, number)
+    rows = [{"id": question.id, "video": question.video, "question": question.text} for question in asked]
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    rows.insert(3, {"id": "broken", "video": "broken.mp4", "question": "What?"})
+    rows.insert(5, {"id": "gone", "video": "gone.mp4", "question": "What?"})
+    rows.insert(7, {"id": "marked", "video": rows[0]["video"], "question": "What <video>?"})
+    (folder / "inputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = HoliTomConfig(retention_ratio=0.15, **ENGINE)
+    (folder / "settings.json").write_text(json.dumps(settings.to_dict()))
+    options = ["--preset", str(folder / "settings.json"), "--dtype", "float32", "--device", "cpu"]
+    files = [str(folder.absolute() / "inputs.jsonl"), str(folder / "records.jsonl")]
+    subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options], check=True)
+
+
 def main() -> None:
-    """Writes the answers of the bundled model, and what the small Qwen3-VL encodes, by ratio."""
+    """Writes the answers of the bundled model, what the small Qwen3-VL encodes, by ratio, and a batch beside."""
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
     parser.add_argument("--questions", type=int, default=200)
@@ -91,6 +112,7 @@ def main() -> None:
     for ratio in QWEN_RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)
+    write_batch(args.file.with_suffix(".batch"))
     args.file.write_text(json.dumps(answers))
 
 

@@ -17,6 +17,15 @@ ARCHITECTURES = {
 }
 
 
+def check_installed() -> None:
+    """Raises an `ImportError` that says how vLLM is installed if it isn't."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "vLLM is not installed here: in an environment that has it (pip install vllm), run pip install "
+            "./distributions/vllm from a checkout of holitom-hf, see docs/vllm.md"
+        )
+
+
 def register() -> None:
     """Tells vLLM of [`ARCHITECTURES`]; once or more often, and without vLLM not at all."""
     if importlib.util.find_spec("vllm") is None:

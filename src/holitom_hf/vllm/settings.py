@@ -20,6 +20,31 @@ LEFT_OUT = {
 }
 
 
+class EngineEndedError(OSError):
+    """The engine's process is gone, whatever was asked: answers that are there stay, and no others come."""
+
+
+def check_asked(settings: HoliTomConfig | None, device: str) -> None:
+    """
+    Raises a `ValueError` if a caller asks of the engine what it does not do. What a checkpoint's own settings have of
+    that is left out instead, see [`engine_settings`].
+
+    Args:
+        settings: That a caller asks for; `None`: the checkpoint's.
+        device: `"auto"`, since the engine knows where it runs.
+    """
+    if device != "auto":
+        raise ValueError(f"vLLM takes the device that it was built for: leave out --device {device}")
+    if settings is None:
+        return
+    _, left_out = engine_settings(settings, keeps_positions=False)
+    if left_out:
+        raise ValueError(
+            f"vLLM does not do what these settings ask for: {', '.join(left_out)}; pass settings without it, of "
+            "presets one that ends with -no-inner"
+        )
+
+
 def checkpoint_settings(hf_config: PreTrainedConfig, model: str, revision: str | None = None) -> HoliTomConfig:
     """
     The settings that a model is served with.

@@ -19,6 +19,7 @@ from ...answering.prompts import PIXELS, frames_of, joined_prompts
 from ...answering.savings import row_savings
 from ...models.upstream import cache_of
 from ...video.sources import MediaSources
+from ...vllm.settings import EngineEndedError
 from .inputs import BatchInput, input_ids
 from .records import BatchRecords
 from .untrusted import allowed_video
@@ -79,10 +80,10 @@ class DecodedInputs(Dataset):
             inputs: All inputs.
             chosen: Indices of those to decode.
             processor: The model's.
-            dtype: The model's.
+            dtype: Of the pixels that are handed over, the model's.
             num_frames: Frames to take of each video; `None`: at most the processor's.
             sources: What inputs that a stranger wrote may name, see [`allowed_video`]; `None`: anything.
-            limits: What the processor takes besides, as [`Answerer.given_limits`] returns it.
+            limits: What the processor takes besides, [`Answerer.given_limits`] among others.
         """
         self.inputs, self.chosen, self.processor = inputs, chosen, processor
         self.dtype, self.sources = dtype, sources
@@ -117,11 +118,16 @@ class DecodedInputs(Dataset):
 
     def _features(self, item: BatchInput) -> BatchFeature:
         video = item.video if self.sources is None else allowed_video(item.video, self.sources)
-        content = [{"type": "video"}, {"type": "text", "text": item.question}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = prompt_of(item.question, self.processor)
         features = self.processor(text=text, videos=video, return_tensors="pt", **self.limits)
         features.update(BatchFeature({PIXELS: features[PIXELS]}).to(dtype=self.dtype))  # half as much to hand over
         return features
+
+
+def prompt_of(question: str, processor) -> str:
+    """A question about one video as the model's chat template writes it."""
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def problem_text(error: Exception) -> str:
@@ -251,17 +257,27 @@ def answer_batch(answerer: Answerer, batch: list[DecodedInput], max_new_tokens: 
     ]
 
 
-def answer_or_tell(answerer: Answerer, batch: list[DecodedInput], max_new_tokens: int) -> list[dict]:
+def answer_or_tell(
+    answerer: Answerer,
+    batch: list[DecodedInput],
+    max_new_tokens: int,
+    answer: Callable[[Answerer, list[DecodedInput], int], list[dict]] = answer_batch,
+) -> list[dict]:
     """
-    As [`answer_batch`]; what can't be answered gets its error for a record. A batch in which something fails, memory
-    among others, is tried again in halves.
+    As `answer`; what can't be answered gets its error for a record. A batch in which something fails, memory among
+    others, is tried again in halves.
+
+    Raises:
+        EngineEndedError: If it is not the inputs' fault.
     """
     records = [item.asked | {"error": item.error} for item in batch if item.error is not None]
     whole = [item for item in batch if item.error is None]
     if not whole:
         return records
     try:
-        return records + answer_batch(answerer, whole, max_new_tokens)
+        return records + answer(answerer, whole, max_new_tokens)
+    except EngineEndedError:
+        raise
     except Exception as error:  # an input's own, whatever it is: alone in a batch it becomes its record
         problem = problem_text(error)
         logger.warning("%d inputs could not be answered together: %s", len(whole), problem)
@@ -271,7 +287,7 @@ def answer_or_tell(answerer: Answerer, batch: list[DecodedInput], max_new_tokens
         return records + [whole[0].asked | {"error": problem}]
     half = len(whole) // 2
     for part in (whole[:half], whole[half:]):
-        records += answer_or_tell(answerer, part, max_new_tokens)
+        records += answer_or_tell(answerer, part, max_new_tokens, answer)
     return records
 
 

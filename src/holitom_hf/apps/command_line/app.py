@@ -39,6 +39,7 @@ from .options import (
 )
 
 
+ENGINES = ("transformers", "vllm")
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(measuring)
 
@@ -159,7 +160,9 @@ def batch(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     max_new_tokens: MaxNewTokens = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Videos at once on each process.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Videos at once on each process; default: 8, with --engine vllm 64.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode ahead, for each process.")] = 2,
     retry_errors: Annotated[bool, typer.Option(help="Try inputs again that ended in an error.")] = False,
     untrusted: Annotated[
@@ -168,30 +171,53 @@ def batch(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engine: Annotated[
+        str, typer.Option(help="transformers, or vllm: stages 1 and 2, in continuous batches.")
+    ] = ENGINES[0],
+    engine_options: Annotated[
+        str | None, typer.Option(help="JSON of arguments of vllm.LLM, such as tensor_parallel_size.")
+    ] = None,
 ) -> None:
     """Answers questions about many videos; alone, or under accelerate launch on many GPUs and machines."""
     with one_line_errors():
         check_sampling(frames, fps, min_pixels, max_pixels)
+        given_options = _engine_options(engine, engine_options)
         name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
+        if engine == "vllm":
+            from ...vllm import check_installed
+            from ...vllm.settings import check_asked
+
+            check_asked(settings, device)
+            check_installed()
         from ..batch.inputs import input_ids, read_inputs
 
         asked = read_inputs(inputs, question, split)
         quiet()
-        from accelerate import PartialState
-
-        from ...answering.answerer import Answerer
         from ..batch.answering import answer_all, missing_inputs, run_name
         from ..batch.records import BatchRecords
         from ..batch.untrusted import stranger_sources
 
-        state = PartialState(cpu=device == "cpu")
-        if state.num_processes > 1:
-            _end_with_launcher()
-            device = str(state.device) if device == "auto" else device
-        answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
+        if engine == "vllm":
+            from ...vllm.offline import OfflineAnswerer
+            from ..batch.engine import OnlyProcess, answer_all_in_engine
+
+            state, answer_everything, of_engine = OnlyProcess(), answer_all_in_engine, {"engine": engine}
+            answerer = OfflineAnswerer(name, settings, retention_ratio, dtype, hub, given_options)
+        else:
+            from accelerate import PartialState
+
+            from ...answering.answerer import Answerer
+
+            state, answer_everything, of_engine = PartialState(cpu=device == "cpu"), answer_all, {}
+            if state.num_processes > 1:
+                _end_with_launcher()
+                device = str(state.device) if device == "auto" else device
+            answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
         limits = answerer.given_limits({"fps": fps, "min_pixels": min_pixels, "max_pixels": max_pixels})
-        run = run_name(answerer, frames=frames, max_new_tokens=max_new_tokens, question=question, **limits)
+        run = run_name(
+            answerer, frames=frames, max_new_tokens=max_new_tokens, question=question, **limits, **of_engine
+        )
         records = BatchRecords(output, run)
         if state.is_main_process:
             records.prepare()
@@ -209,7 +235,8 @@ def batch(
                 bar.update(task.id, completed=records.count() - num_before)
 
             share = missing[state.process_index :: state.num_processes]
-            answer_all(answerer, asked, share, add, batch_size, workers, frames, max_new_tokens, sources, limits)
+            size = batch_size or (64 if engine == "vllm" else 8)
+            answer_everything(answerer, asked, share, add, size, workers, frames, max_new_tokens, sources, limits)
             records.mark_done(state.process_index)
             if state.is_main_process:
                 records.wait_for_all(state.num_processes)
@@ -411,6 +438,28 @@ def _loaded(name: str, hub: dict, settings, retention_ratio: float | None, devic
     answerer = Answerer(name, settings, retention_ratio, device=device, dtype=dtype, hub=hub)
     answerer.load_model()
     return answerer
+
+
+def _engine_options(engine: str, options: str | None) -> dict:
+    """
+    What `--engine-options` says.
+
+    Raises:
+        ValueError: If it is no JSON object, or the engine is none or takes none.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine is {' or '.join(ENGINES)}, not {engine!r}")
+    if options is None:
+        return {}
+    if engine != "vllm":
+        raise ValueError("--engine-options are vLLM's: pass --engine vllm with them")
+    try:
+        given = json.loads(options)
+    except ValueError as error:
+        raise ValueError(f"--engine-options: no JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError("--engine-options is a JSON object of arguments of vllm.LLM")
+    return given
 
 
 def _end_with_launcher() -> None:
