@@ -522,7 +522,7 @@ def test_operations_are_those_that_torch_counts(model, needs_importance):
 
 @pytest.mark.parametrize("method", ["frames", "tome"])
 def test_other_vision_methods_are_llavas(family, model, method):
-    message = rf"'{method}' is for .*LLaVA-OneVision alone: with Qwen.*choose 'reuse'"
+    message = rf"'{method}' is for LLaVA alone: with Qwen.*choose 'reuse'"
     with pytest.raises(ValueError, match=message):
         model.get_video_features(**random_videos(), holitom_config=REUSE | {"vision_method": method})
     with pytest.raises(ValueError, match=message):
