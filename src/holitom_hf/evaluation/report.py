@@ -4,7 +4,6 @@ import itertools
 import json
 import operator
 import platform
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -16,17 +15,15 @@ import torch
 from ..bundled.questions import QUESTION_TYPES
 from ..merging.vision_methods import REUSE, VISION_METHODS
 from .methods import COLORS, MARKERS, ROWS, Run
+from .resampling import MIN_VIDEOS, Resampled, interpolated, interval, points, verdict
 from .running import Result
 from .statistics import is_running, mcnemar
 
 
-NUM_RESAMPLES = 2000
 # Which share of the full accuracy is to be kept, by method and retention ratio: the paper's claims, and our aims.
 TO_KEEP = {"holitom": {0.15: 0.99, 0.10: 0.98}, "farthest": {0.15: 0.99, 0.10: 0.98, 0.05: 0.96}}
 
-
-# Videos below which resampling them says nothing of others: its intervals are too narrow, or have no width at all.
-MIN_VIDEOS = 30
+LEGEND_INSIDE = 9  # names that a plot has room for
 CAPTION = (
     "Operations up to the first token, as shares of the uncompressed model's. FLOPs: the decoder's, by the paper's "
     "formula. Counted: of merging, decoder and output layer, by torch's counter over a few questions. All operations: "
@@ -92,35 +89,6 @@ class Row:
         return self.fields.get("vision_method", REUSE) if "vision_reuse_layer" in self.fields else None
 
 
-class _Resampled:
-    """
-    The same resamples of videos for everything compared, so that differences of accuracies are paired: a video that is
-    hard for one run is drawn as often for the other.
-    """
-
-    def __init__(self, videos: set[str]):
-        self.number = {video: index for index, video in enumerate(sorted(videos))}
-        self.picks = np.random.default_rng(0).integers(len(videos), size=(NUM_RESAMPLES, len(videos)))
-
-    def _sums(self, results: Iterable[Result]) -> tuple[np.ndarray, np.ndarray]:
-        right, asked = np.zeros(len(self.number)), np.zeros(len(self.number))
-        for result in results:
-            right[self.number[result.video]] += result.is_right
-            asked[self.number[result.video]] += 1
-        return right, asked
-
-    def accuracies(self, results: Iterable[Result]) -> np.ndarray:
-        """(NUM_RESAMPLES,) accuracy in every resample; NaN where one has no such question."""
-        right, asked = self._sums(results)
-        with np.errstate(invalid="ignore"):
-            return right[self.picks].sum(1) / asked[self.picks].sum(1)
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def _accuracy(results: list[Result]) -> float:
     return sum(result.is_right for result in results) / len(results)
 
@@ -137,7 +105,7 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
     for result in results:
         by_run[result.run].append(result)
     full = by_run["full"]
-    resampled = _Resampled({result.video for result in results})
+    resampled = Resampled({result.video for result in results})
     full_accuracy, full_resampled = _accuracy(full), resampled.accuracies(full)
     full_flops = np.mean([result.flops for result in full])
     rows = []
@@ -148,14 +116,14 @@ def summarize(results: list[Result], runs: list[Run]) -> list[Row]:
         for kind in QUESTION_TYPES:
             of_type = [result for result in own if result.type == kind]
             if of_type:
-                by_type[kind] = (_accuracy(of_type), *_interval(resampled.accuracies(of_type)))
-        low, high = _interval(accuracies)
+                by_type[kind] = (_accuracy(of_type), *interval(resampled.accuracies(of_type)))
+        low, high = interval(accuracies)
         baseline = by_run[run.baseline]
         only_ours, only_full, probability = mcnemar(own, baseline)
         relative = relative_low = relative_high = None
         if full_accuracy:
             relative = _accuracy(own) / full_accuracy
-            relative_low, relative_high = _interval(accuracies / np.where(full_resampled, full_resampled, np.nan))
+            relative_low, relative_high = interval(accuracies / np.where(full_resampled, full_resampled, np.nan))
         rows.append(
             Row(
                 run=run.name,
@@ -224,7 +192,7 @@ def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
     for result in results:
         if result.run in by_run:
             by_run[result.run].append(result)
-    resampled = _Resampled(videos)
+    resampled = Resampled(videos)
     accuracies = {run: resampled.accuracies(own) for run, own in by_run.items()}
     claims = []
     for method, ratio, wanted in ((m, r, wanted) for m, aims in TO_KEEP.items() for r, wanted in aims.items()):
@@ -234,7 +202,7 @@ def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
                 Claim(
                     f"{ROWS[method].label} keeps >= {wanted:.0%} of the accuracy at R = {ratio:.0%}",
                     f"{row.relative:.1%} [{row.relative_low:.1%}, {row.relative_high:.1%}]",
-                    _verdict(row.relative_low - wanted, row.relative_high - wanted),
+                    verdict(row.relative_low - wanted, row.relative_high - wanted),
                 )
             )
     for row in rows:
@@ -247,22 +215,22 @@ def check_claims(rows: list[Row], results: list[Result]) -> list[Claim]:
             flops = [other.flops_share for other in curve]
             at = max(row.flops_share, flops[0])
             other = float(np.interp(at, flops, [other.accuracy for other in curve]))
-            low, high = _interval(accuracies[row.run] - _interpolated(at, flops, [accuracies[o.run] for o in curve]))
+            low, high = interval(accuracies[row.run] - interpolated(at, flops, [accuracies[o.run] for o in curve]))
             measured = f"{row.accuracy:.1%} against {other:.1%} at {row.flops_share:.1%} of the FLOPs"
             if row.flops_share < flops[0]:
                 measured = f"{row.accuracy:.1%} against {other:.1%} of its cheapest point, at {at:.1%} of the FLOPs"
-            measured += f": {_points(row.accuracy - other, low, high)}"
+            measured += f": {points(row.accuracy - other, low, high)}"
             text = f"{_name(row)} at R = {row.retention_ratio:.0%} is ahead of {ROWS[method].label} at equal FLOPs"
-            claims.append(Claim(text, measured, _verdict(low, high, undecided="no difference")))
+            claims.append(Claim(text, measured, verdict(low, high, undecided="no difference")))
     for row in rows:
         without = found.get(f"holitom-outer@{row.retention_ratio:g}") if row.method == "holitom" else None
         if without is not None:
-            low, high = _interval(accuracies[without.run] - accuracies[row.run])
+            low, high = interval(accuracies[without.run] - accuracies[row.run])
             claims.append(
                 Claim(
                     f"Stage 3 costs less than 1 point at R = {row.retention_ratio:.0%}",
-                    _points(without.accuracy - row.accuracy, low, high),
-                    _verdict(0.01 - high, 0.01 - low),
+                    points(without.accuracy - row.accuracy, low, high),
+                    verdict(0.01 - high, 0.01 - low),
                 )
             )
     return claims + _vision_claims(found, accuracies)
@@ -275,9 +243,9 @@ def _vision_claims(found: dict[str, Row], accuracies: dict[str, np.ndarray]) -> 
     for row in rows:
         whole = found.get(row.baseline)
         if whole is not None:
-            low, high = _interval(accuracies[row.run] - accuracies[whole.run])
-            text, measured = f"{row.run} loses against all patches", _points(row.accuracy - whole.accuracy, low, high)
-            claims.append(Claim(text, measured, _verdict(-high, -low, undecided="no difference")))
+            low, high = interval(accuracies[row.run] - accuracies[whole.run])
+            text, measured = f"{row.run} loses against all patches", points(row.accuracy - whole.accuracy, low, high)
+            claims.append(Claim(text, measured, verdict(-high, -low, undecided="no difference")))
     for row in rows:
         if row.vision_method != REUSE:
             continue
@@ -289,33 +257,13 @@ def _vision_claims(found: dict[str, Row], accuracies: dict[str, np.ndarray]) -> 
             shares = [o.operations_share for o in curve]
             at = min(max(row.operations_share, shares[0]), shares[-1])
             theirs = float(np.interp(at, shares, [o.accuracy for o in curve]))
-            difference = accuracies[row.run] - _interpolated(at, shares, [accuracies[o.run] for o in curve])
-            low, high = _interval(difference)
+            difference = accuracies[row.run] - interpolated(at, shares, [accuracies[o.run] for o in curve])
+            low, high = interval(difference)
             measured = f"{row.accuracy:.1%} at {row.operations_share:.1%} of all operations against {theirs:.1%} at "
-            measured += f"{at:.1%}: {_points(row.accuracy - theirs, low, high)}"
+            measured += f"{at:.1%}: {points(row.accuracy - theirs, low, high)}"
             text = f"{row.run} is ahead of {other}"
-            claims.append(Claim(text, measured, _verdict(low, high, undecided="no difference")))
+            claims.append(Claim(text, measured, verdict(low, high, undecided="no difference")))
     return claims
-
-
-def _verdict(low: float, high: float, undecided: str = "cannot be told") -> str:
-    """What an interval of a difference says of the claim that it is positive."""
-    if low > 0:
-        return "holds"
-    return "does not hold" if high < 0 else undecided
-
-
-def _interpolated(at: float, places: list[float], curves: list[np.ndarray]) -> np.ndarray:
-    """(NUM_RESAMPLES,) values between those of `curves` at the ascending `places`, resample by resample."""
-    right = min(int(np.searchsorted(places, at)), len(places) - 1)
-    left = max(right - 1, 0)
-    width = places[right] - places[left]
-    share = min((at - places[left]) / width, 1.0) if width > 0 else 1.0
-    return (1 - share) * curves[left] + share * curves[right]
-
-
-def _points(difference: float, low: float, high: float) -> str:
-    return f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def environment() -> dict[str, str]:
@@ -368,7 +316,8 @@ def _name(row: Row) -> str:
     return ROWS[row.method].label if row.method else row.run
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def markdown_table(head: list[str], lines: list[list[str]]) -> str:
+    """Of Markdown, the first column to the left."""
     bars = ["---"] + ["---:"] * (len(head) - 1)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in (head, bars, *lines))
 
@@ -395,23 +344,25 @@ def _markdown(rows: list[Row], claims: list[Claim], command: str, where: dict[st
     head += ["relative", "McNemar", "s/question"]
     methods = [row for row in rows if not row.ablation]
     text = f"`{command}`\n\n" + ", ".join(f"{name} {value}" for name, value in where.items())
-    text += f"; {rows[0].num_questions} questions.\n\n{CAPTION}\n\n" + _table(head, [_line(row) for row in methods])
+    text += f"; {rows[0].num_questions} questions.\n\n{CAPTION}\n\n" + markdown_table(
+        head, [_line(row) for row in methods]
+    )
     types = [kind for kind in QUESTION_TYPES if kind in rows[0].by_type]
     lines = [[_label(row), _line(row)[1], *(f"{row.by_type[k][0]:.1%}" for k in types)] for row in methods]
-    text += "\nAccuracy by type of question\n\n" + _table(["method", "R", *types], lines)
+    text += "\nAccuracy by type of question\n\n" + markdown_table(["method", "R", *types], lines)
     if num_videos < MIN_VIDEOS:
         text += f"\nNo verdicts: questions about {num_videos} videos are too few for intervals to mean something; "
         text += f"{MIN_VIDEOS} are needed.\n"
     if claims:
         lines = [[claim.text, claim.measured, claim.verdict] for claim in claims]
         text += "\nClaims on this set, the paper's and ours; differences are paired by video, with 95 % intervals, "
-        text += "and none where the interval holds zero\n\n" + _table(["claim", "measured", "verdict"], lines)
+        text += "and none where the interval holds zero\n\n" + markdown_table(["claim", "measured", "verdict"], lines)
     for group in dict.fromkeys(row.ablation for row in rows if row.ablation):
         members = [row for row in rows if row.ablation == group]
         text += f"\nAblation at R = {members[0].retention_ratio:.0%}: {group}\n\n"
         if members[0].vision_method:  # the row that it is compared with stands elsewhere
             members.insert(0, next(row for row in rows if row.run == members[0].baseline))
-        text += _table([head[0], *head[2:]], [[_line(row)[0], *_line(row)[2:]] for row in members])
+        text += markdown_table([head[0], *head[2:]], [[_line(row)[0], *_line(row)[2:]] for row in members])
     return text
 
 
@@ -435,6 +386,23 @@ def _plots(rows: list[Row], out: Path) -> list[Path]:
         return files
 
 
+def method_style(name: str) -> dict:
+    """How the curve of a row of [`ROWS`] is drawn: those that there are claims of are thicker."""
+    row = ROWS[name]
+    width = 2.2 if name in TO_KEEP else 1.2
+    return {"color": row.color, "marker": row.marker, "label": row.label, "linewidth": width}
+
+
+def _legend(figure, axes) -> None:
+    """Within the plot while there is room for it there, else beside."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= LEGEND_INSIDE:
+        axes.legend(frameon=False)
+        return
+    figure.set_figwidth(figure.get_figwidth() + 2.6)
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+
+
 def _singles(rows: list[Row]) -> list[Row]:
     """Rows of settings that were given one by one: points of their own."""
     return [row for row in rows if row.method is None and row.ablation is None]
@@ -449,7 +417,7 @@ def _plot_cost(rows: list[Row], figure_class, out: Path, cost: str) -> Path:
     full = next(row for row in rows if row.method == "full")
     axes.axhline(100 * full.accuracy, color="black", linestyle="--", linewidth=1)
     axes.text(0.01, 100 * full.accuracy, "uncompressed", transform=axes.get_yaxis_transform(), va="bottom")
-    for name, method in ROWS.items():
+    for name in ROWS:
         own = sorted((row for row in rows if row.method == name), key=share)
         if not own:
             continue
@@ -459,8 +427,7 @@ def _plot_cost(rows: list[Row], figure_class, out: Path, cost: str) -> Path:
             np.array([100 * row.accuracy_high for row in own]) - middle,
         ]
         places = [100 * share(row) for row in own]
-        style = {"color": method.color, "marker": method.marker, "label": method.label, "capsize": 2}
-        axes.errorbar(places, middle, errors, linewidth=2.2 if name in TO_KEEP else 1.3, elinewidth=0.7, **style)
+        axes.errorbar(places, middle, errors, elinewidth=0.7, capsize=2, **method_style(name))
     for row, marker in zip(_singles(rows), itertools.cycle(MARKERS)):
         error = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
         style = {"color": "black", "marker": marker, "label": _name(row), "capsize": 2, "linestyle": "none"}
@@ -469,7 +436,7 @@ def _plot_cost(rows: list[Row], figure_class, out: Path, cost: str) -> Path:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="minor", labelsize=7)
-    axes.legend(frameon=False)
+    _legend(figure, axes)
     figure.savefig(out / f"accuracy_{cost}.png", dpi=130)
     return out / f"accuracy_{cost}.png"
 
@@ -506,18 +473,11 @@ def _plot_types(rows: list[Row], figure_class, out: Path) -> Path:
     full = next(row for row in rows if row.method == "full")
     for axes, kind in zip(panels, kinds):
         axes.axhline(100 * full.by_type[kind][0], color="black", linestyle="--", linewidth=1, label="uncompressed")
-        for name, method in ROWS.items():
+        for name in ROWS:
             own = sorted((row for row in rows if row.method == name), key=lambda row: row.flops_share)
             if own:
-                axes.plot(
-                    [100 * row.flops_share for row in own],
-                    [100 * row.by_type[kind][0] for row in own],
-                    color=method.color,
-                    marker=method.marker,
-                    markersize=4,
-                    linewidth=2 if name in TO_KEEP else 1,
-                    label=method.label,
-                )
+                places = [100 * row.flops_share for row in own]
+                axes.plot(places, [100 * row.by_type[kind][0] for row in own], markersize=4, **method_style(name))
         for row, marker in zip(_singles(rows), itertools.cycle(MARKERS)):
             place = 100 * row.flops_share, 100 * row.by_type[kind][0]
             axes.plot(*place, color="black", marker=marker, markersize=4, linestyle="none", label=_name(row))

@@ -11,10 +11,10 @@ import typer
 
 from ...bundled import BUNDLED_NAME
 from .options import (
+    MODEL_HELP,
     Device,
     Dtype,
     ManyValues,
-    Model,
     Preset,
     RetentionRatio,
     find_model,
@@ -33,13 +33,11 @@ QWEN_SIZES += ("qwen2.5-vl-small", "qwen3-vl-small", "qwen3-vl-moe-small", "qwen
 ALL_SIZES = (*SIZES, *QWEN_SIZES, *LLAVA_VIDEO_SIZES)
 USUAL_FRAMES = "64 for LLaVA-Video, 32 for others."
 # Options of drawn sets.
-Split = Annotated[
-    str,
-    typer.Option(
-        help="train, validation (to choose by), test, unseen (of another kind), or unseen-turns (the same kind, each "
-        "question after another one); they never meet."
-    ),
-]
+SPLIT_HELP = (
+    "train, validation (to choose by), test, unseen (of another kind), or unseen-turns (the same kind, each question "
+    "after another one); they never meet."
+)
+Split = Annotated[str, typer.Option(help=SPLIT_HELP)]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed, another set.")]
 # Options that the benchmarks share.
 Redundancy = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of synthetic tokens that repeat.")]
@@ -70,7 +68,10 @@ def questions(
 
 @app.command(cls=ManyValues)
 def evaluate(
-    model: Model = BUNDLED_NAME,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{MODEL_HELP} Several are compared on one page.", show_default=BUNDLED_NAME),
+    ] = None,
     methods: Annotated[list[str] | None, typer.Option(help="Methods to compare; all, the default: every one.")] = None,
     preset: Annotated[list[str] | None, typer.Option(help="Rows of these presets or JSON files.")] = None,
     settings: Annotated[
@@ -83,7 +84,10 @@ def evaluate(
     vision: Annotated[bool, typer.Option(help="A vision tower that leaves something out, too.")] = False,
     questions: Annotated[Path | None, typer.Option(help="A set of questions; default: one drawn into --out.")] = None,
     num_questions: Annotated[int, typer.Option(min=1, help="Size of the set that is drawn.")] = 1000,
-    split: Split = "test",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{SPLIT_HELP} Several are compared on one page.", show_default="test"),
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for answers, tables and plots; a stopped run goes on.")] = Path(
         "evaluation"
@@ -92,35 +96,61 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Accuracy against FLOPs on drawn video questions, for HoliTom and the methods it competes with."""
+    """
+    Accuracy against FLOPs on drawn video questions, for HoliTom and the methods it competes with.
+
+    With several models or splits each pair has its folder in --out, and comparison.md and comparison.png say who is
+    ahead at equal operations.
+    """
     with one_line_errors():
-        name, hub = find_model(model)
+        names, splits = model or [BUNDLED_NAME], split or ["test"]
+        found = [find_model(name) for name in names]
         from ...bundled.questions import read_set, write_set
         from ...evaluation import methods as rows
 
         quiet()
         from ...answering.answerer import Answerer
+        from ...evaluation.comparison import Panel, write_comparison
         from ...evaluation.report import summarize, write_report
         from ...evaluation.running import evaluate as answer_all
 
-        answerer = Answerer(name, device=device, dtype=dtype, hub=hub)
-        own = answerer.config.holitom_config
-        given = [*(preset or []), *map(_json_object, settings or [])]
-        methods = methods or ([] if given or vision else list(rows.ROWS))
-        runs = rows.method_runs(own, methods, retention_ratios or list(rows.RETENTION_RATIOS))
-        runs += rows.settings_runs(own, given, retention_ratios)
-        if ablations:
-            runs += rows.ablation_runs(own, answerer.config.text_config.num_hidden_layers)
-        if vision:
-            runs += rows.vision_runs(own)
-        folder = questions or out / f"{split}-{seed}-{num_questions}"
-        if questions is None and not (folder / "questions.jsonl").is_file():
-            write_set(folder, num_questions, split, seed, progress=progress_bar("Writing videos"))
-        asked = read_set(folder)
-        answerer.load_model()
-        results = answer_all(answerer, folder, asked, runs, out, batch_size, progress=progress_bar("Answering"))
-        files = write_report(summarize(results, runs), results, "holitom-hf " + shlex.join(sys.argv[1:]), out)
-        print((out / "table.md").read_text())
+        labels = [Path(name).name for name in names]
+        if questions is not None and len(splits) > 1:
+            raise ValueError("--questions is one set: give it without --split")
+        if len(set(labels)) < len(labels) or len(set(splits)) < len(splits):
+            raise ValueError(
+                "each model needs a name of its own, as each split has: their folders in --out have these names"
+            )
+        command = "holitom-hf " + shlex.join(sys.argv[1:])
+        is_single = len(names) == len(splits) == 1
+        panels = []
+        for label, (name, hub) in zip(labels, found):
+            answerer = Answerer(name, device=device, dtype=dtype, hub=hub)
+            own = answerer.config.holitom_config
+            given = [*(preset or []), *map(_json_object, settings or [])]
+            wanted = methods or ([] if given or vision else list(rows.ROWS))
+            runs = rows.method_runs(own, wanted, retention_ratios or list(rows.RETENTION_RATIOS))
+            runs += rows.settings_runs(own, given, retention_ratios)
+            if ablations:
+                runs += rows.ablation_runs(own, answerer.config.text_config.num_hidden_layers)
+            if vision:
+                runs += rows.vision_runs(own)
+            answerer.load_model()
+            for part in splits:
+                folder = questions or out / f"{part}-{seed}-{num_questions}"
+                if questions is None and not (folder / "questions.jsonl").is_file():
+                    write_set(folder, num_questions, part, seed, progress=progress_bar("Writing videos"))
+                asked = read_set(folder)
+                title = f"{label}, {part}"
+                here = out if is_single else out / f"{label}-{part}"
+                bar = progress_bar("Answering" if is_single else f"Answering {title}")
+                results = answer_all(answerer, folder, asked, runs, here, batch_size, progress=bar)
+                panels.append(Panel(title, summarize(results, runs), results))
+                files = write_report(panels[-1].rows, results, command, here)
+        page = out / ("table.md" if is_single else "comparison.md")
+        if not is_single:
+            files = write_comparison(panels, command, out)
+        print(page.read_text())
         print("Wrote " + ", ".join(map(str, files)) + ".")
 
 
