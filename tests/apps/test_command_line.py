@@ -189,6 +189,9 @@ class TestBadInput:
     def test_models(self, demo, tmp_path):
         missing = failure("answer", demo / "clip.mp4", "?", "--model", tmp_path / "none")
         assert f"there is no folder {tmp_path / 'none'} here" in missing
+        (tmp_path / "text.txt").write_text("no model")
+        told = failure("answer", demo / "clip.mp4", "?", "--model", tmp_path / "text.txt")
+        assert "text.txt is a file: a model is a folder, or a repository on the Hub" in told
         (tmp_path / "bert").mkdir()
         (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
         for command in (("answer", demo / "clip.mp4", "?", "--model"), ("convert",)):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ..videos import write_video
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'holitom-hf[lmms-eval]'")
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TASK = """
 dataset_path: json
 dataset_kwargs:
@@ -94,6 +96,25 @@ def test_answers_are_those_of_the_model_alone(task, tmp_path):
         alone = answerer.generate(prepared, max_new_tokens=4)
         answer = samples[number]["filtered_resps"]
         assert answer == alone.text
+
+
+def test_methods_are_ranked_and_nothing_runs_twice(task, tmp_path):
+    (task / "drawn.yaml").write_text(TASK.format(folder=task))
+    command = [sys.executable, str(EXAMPLES / "rank_methods.py"), str(task / "model"), "--tasks", "drawn"]
+    command += ["--methods", "frames", "vidcom2", "--retention-ratios", "0.2", "--out", str(tmp_path)]
+    command += ["--", "--include_path", str(task), "--device", "cpu"]
+    for _ in range(2):
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert len(list(tmp_path.rglob("*samples_drawn.jsonl"))) == 3
+    lines = (tmp_path / "ranking.md").read_text().splitlines()[2:]
+    assert {line.split(" | ")[0].strip("| ") for line in lines} == {"full", "frames@0.2", "vidcom2@0.2"}
+    settings = json.loads((tmp_path / "vidcom2@0.2" / "holitom_config.json").read_text())
+    assert (settings["outer_method"], settings["retention_ratio"]) == ("vidcom2", 0.2)
+    [samples] = (tmp_path / "frames@0.2").rglob("*samples_drawn.jsonl")
+    right = [json.loads(line)["exact_match"] for line in samples.read_text().splitlines()]
+    [line] = [line for line in lines if "frames@0.2" in line]
+    assert float(line.split(" | ")[1].rstrip("%")) == pytest.approx(100 * sum(right) / len(right), abs=0.051)
 
 
 def test_choices_are_weighed_in_the_authors_conversation(task):

@@ -42,6 +42,8 @@ def hub_options(checkpoint: str) -> dict:
 def _options(checkpoint: str) -> dict:
     if Path(checkpoint).is_dir():
         return {}
+    if Path(checkpoint).is_file():
+        raise NotADirectoryError(f"{checkpoint} is a file: a model is a folder, or a repository on the Hub")
     cause = _failure_of(checkpoint, CONFIG_NAME)
     if isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
         raise OSError(

@@ -155,7 +155,8 @@ class HoliTomVideoProcessorMixin:
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         if num_frames > total:
-            raise ValueError(f"the video has {total} frames, fewer than the {num_frames} asked for: lower num_frames")
+            has = f"{total} frames" if total > 1 else "one frame"
+            raise ValueError(f"the video has {has}, fewer than the {num_frames} asked for: lower num_frames")
         return num_frames
 
     def to_dict(self) -> dict:

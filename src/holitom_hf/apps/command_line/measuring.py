@@ -63,7 +63,9 @@ def questions(
         from ...bundled.questions import write_set
 
         written = write_set(out, num_questions, split, seed, side, progress=progress_bar("Writing videos"))
-        print(f"Wrote {len(written)} questions about {len({q.video for q in written})} videos to {out}.")
+        num_videos = len({question.video for question in written})
+        counts = f"{len(written)} question{'s' * (len(written) > 1)} about {num_videos} video{'s' * (num_videos > 1)}"
+        print(f"Wrote {counts} to {out}.")
 
 
 @app.command(cls=ManyValues)
