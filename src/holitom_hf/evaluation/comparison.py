@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .methods import ROWS
-from .report import Row, environment, markdown_table, method_style
+from .report import Row, environment, legend_height, markdown_table, method_style
 from .resampling import MIN_VIDEOS, Resampled, interpolated, interval
 from .running import Result
 
@@ -240,5 +240,6 @@ def _plot(panels: list[Panel], figure_class):
     handles = {}
     for axes in all_axes:
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    figure.set_figheight(max(figure.get_figheight(), legend_height(handles)))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     return figure

@@ -19,12 +19,14 @@ class Row:
         settings: Makes the settings from the model's own and the retention ratio.
         color: Its colour in the plots, from Okabe and Ito's palette for the colour-blind.
         marker: Its marker there.
+        is_control: Whether it is there only to be compared with.
     """
 
     label: str
     settings: Callable[[HoliTomConfig, float], HoliTomConfig]
     color: str
     marker: str
+    is_control: bool
 
 
 @dataclass
@@ -64,8 +66,9 @@ def _rows() -> dict[str, Row]:
                 found[method.short_name or name] = (method.label, _outer(name))
         if group == "published":
             found["fastv"] = ("FastV", _fastv)
+    controls = {method.short_name or name for name, method in METHODS.items() if method.group == "control"}
     looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKERS))
-    return {name: Row(*row, *look) for (name, row), look in zip(found.items(), looks)}
+    return {name: Row(*row, *look, name in controls) for (name, row), look in zip(found.items(), looks)}
 
 
 COLORS = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999", "#56B4E9")

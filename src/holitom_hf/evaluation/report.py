@@ -4,6 +4,7 @@ import itertools
 import json
 import operator
 import platform
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -387,10 +388,15 @@ def _plots(rows: list[Row], out: Path) -> list[Path]:
 
 
 def method_style(name: str) -> dict:
-    """How the curve of a row of [`ROWS`] is drawn: those that there are claims of are thicker."""
+    """How the curve of a row of [`ROWS`] is drawn: those that there are claims of thicker, controls dotted."""
     row = ROWS[name]
-    width = 2.2 if name in TO_KEEP else 1.2
-    return {"color": row.color, "marker": row.marker, "label": row.label, "linewidth": width}
+    line = {"linewidth": 2.2 if name in TO_KEEP else 1.2, "linestyle": ":" if row.is_control else "-"}
+    return {"color": row.color, "marker": row.marker, "label": row.label, **line}
+
+
+def legend_height(labels: Collection[str]) -> float:
+    """Inches that so many names take below each other."""
+    return 0.24 * len(labels) + 0.5
 
 
 def _legend(figure, axes) -> None:
@@ -400,6 +406,7 @@ def _legend(figure, axes) -> None:
         axes.legend(frameon=False)
         return
     figure.set_figwidth(figure.get_figwidth() + 2.6)
+    figure.set_figheight(max(figure.get_figheight(), legend_height(labels)))
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
 
 
