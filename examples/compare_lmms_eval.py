@@ -16,11 +16,14 @@ from holitom_hf.evaluation.statistics import mcnemar_probability
 
 
 def score_of(sample: dict) -> float | None:
-    """A sample's score: that of its first metric which has one under "score", as mvbench's and videomme's do."""
-    for value in sample.values():
-        number = value.get("score") if isinstance(value, dict) else None
-        if isinstance(number, (int, float)):
-            return float(number)
+    """
+    A sample's score: that of its first metric which has one under "score", as mvbench's and videomme's do, or else its
+    first metric that is a number, as exact matches are.
+    """
+    metrics = [value for name, value in sample.items() if name != "doc_id"]
+    for value in [*(value.get("score") for value in metrics if isinstance(value, dict)), *metrics]:
+        if isinstance(value, (int, float)):
+            return float(value)
     return None
 
 
