@@ -209,6 +209,25 @@ def plain_inner_merge(hidden: torch.Tensor, importance: torch.Tensor, visual: li
     return hidden[keep], keep, targets
 
 
+def plain_layer(layer, hidden: torch.Tensor, mask: torch.Tensor, rotation, visual: list[int], method: str | None):
+    """
+    A decoder layer over (1, N, D) whose attention and feed-forward network are computed for all; what `method` leaves
+    out of it for the `visual` positions is taken away afterwards. `None` leaves nothing out.
+    """
+    normed = layer.input_layernorm(hidden)
+    if hasattr(layer, "linear_attn"):
+        change = layer.linear_attn(hidden_states=normed, attention_mask=None)
+    else:
+        change = layer.self_attn(hidden_states=normed, attention_mask=mask, position_embeddings=rotation)[0]
+    if method in ("skip_attention", "freeze"):
+        change[:, visual] = 0
+    hidden = hidden + change
+    change = layer.mlp(layer.post_attention_layernorm(hidden))
+    if method in ("skip_ffn", "freeze"):
+        change[:, visual] = 0
+    return hidden + change
+
+
 @dataclass
 class PlainVideo:
     """
@@ -293,7 +312,7 @@ class PlainModel:
         decoder = upstream.model.language_model
         hidden = torch.stack(tokens)[None]
         positions = torch.tensor(places)[None] if settings.position_ids == "kept" else torch.arange(len(tokens))[None]
-        has_inner = settings.inner_method != "none" and settings.inner_merge_layer and settings.inner_merge_ratio > 0
+        has_inner = settings.has_inner_stage
         weights = {}
         for index, layer in enumerate(decoder.layers):
             if has_inner and index == settings.inner_merge_layer:
@@ -318,7 +337,9 @@ class PlainModel:
             mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
             mask = mask + torch.tensor(sizes).log()
             handle = layer.self_attn.register_forward_hook(lambda _, __, out: weights.update(last=out[1]))
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=decoder.rotary_emb(hidden, positions))
+            visual = [i for i, of in enumerate(owner) if of is not None]
+            method = settings.inner_method if settings.skips and index in settings.skipped_layers else None
+            hidden = plain_layer(layer, hidden, mask, decoder.rotary_emb(hidden, positions), visual, method)
             handle.remove()
         logits = upstream.lm_head(decoder.norm(hidden))[0]
         fill = [max(max((i for i, p in enumerate(places) if p <= place), default=0), 0) for place in range(length)]

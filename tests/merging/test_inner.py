@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holitom_hf.merging.inner import merge_hidden_states
+from holitom_hf.merging.hidden_states import merge_hidden_states
 
 from ..reference import plain_inner_merge
 

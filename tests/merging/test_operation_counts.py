@@ -11,7 +11,7 @@ from holitom_hf.benchmarking.measuring import count_operations
 from holitom_hf.benchmarking.models import contest
 from holitom_hf.benchmarking.synthetic import synthetic_features
 from holitom_hf.merging import segmentation
-from holitom_hf.merging.inner import merge_hidden_states
+from holitom_hf.merging.hidden_states import merge_hidden_states
 from holitom_hf.merging.methods import holitom
 from holitom_hf.merging.tensors import merge_video_tokens
 from holitom_hf.models import vision_importance

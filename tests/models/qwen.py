@@ -27,7 +27,7 @@ import holitom_hf
 from holitom_hf import HoliTomConfig
 from holitom_hf.merging import merge_video_tokens
 
-from ..reference import plain_inner_merge, plain_merge
+from ..reference import plain_inner_merge, plain_layer, plain_merge
 
 
 ON = HoliTomConfig(retention_ratio=0.3, similarity_threshold=0.3, inner_merge_layer=2)
@@ -378,7 +378,7 @@ class PlainQwen:
         places, all_places = left, left
         decoder = upstream.model.language_model
         hidden = embeds[left][None]
-        has_inner = settings.inner_method != "none" and settings.inner_merge_layer and settings.inner_merge_ratio > 0
+        has_inner = settings.has_inner_stage
         weights = {}
         for index, layer in enumerate(decoder.layers):
             if has_inner and index == settings.inner_merge_layer:
@@ -404,12 +404,14 @@ class PlainQwen:
             mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
             mask = mask + torch.tensor([sizes[place] for place in places]).log()
             rotary = decoder.rotary_emb(hidden, positions[:, :, places])
-            if hasattr(layer, "self_attn"):
+            handle = None
+            if hasattr(layer, "self_attn"):  # linear attention has no weights, and is causal by itself
                 handle = layer.self_attn.register_forward_hook(lambda _, __, out: weights.update(last=out[1]))
-                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            visual = [i for i, place in enumerate(places) if owner[place] is not None]
+            method = settings.inner_method if settings.skips and index in settings.skipped_layers else None
+            hidden = plain_layer(layer, hidden, mask, rotary, visual, method)
+            if handle is not None:
                 handle.remove()
-            else:  # linear attention, which is causal by itself
-                hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
             if index < num_maps:
                 hidden = hidden + maps[index, places]
         logits = upstream.lm_head(decoder.norm(hidden))[0]

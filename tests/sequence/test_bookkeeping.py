@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from holitom_hf import HoliTomConfig
-from holitom_hf.merging.inner import merge_hidden_states
+from holitom_hf.merging.hidden_states import merge_hidden_states
 from holitom_hf.merging.tensors import merge_video_tokens
 from holitom_hf.models.upstream import CACHE_NAME, cache_of
 from holitom_hf.sequence.packed_rows import PackedRows

@@ -229,7 +229,7 @@ def forward_flops(
         else 0.0,
         clustering=clustering_flops(plan.num_static, plan.num_clusters, text.hidden_size),
         choosing=choosing_flops(config, video, num_text, settings),
-        decoder=decoder_flops(text, layers),
+        decoder=decoder_flops(text, layers, settings, num_video),
         inner_merging=inner,
         output_layer=output_layer_flops(text),
     )

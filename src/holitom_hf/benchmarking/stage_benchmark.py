@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration import HoliTomConfig
-from ..merging.inner import merge_hidden_states
+from ..merging.hidden_states import merge_hidden_states
 from ..merging.merged_video import TokenKind
 from ..merging.patches import plan_patches
 from ..merging.segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs

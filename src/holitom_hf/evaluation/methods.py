@@ -54,8 +54,21 @@ def _fastv(own: HoliTomConfig, ratio: float) -> HoliTomConfig:
     return replace(own, outer_method="none", inner_method="prune", inner_merge_layer=2, inner_merge_ratio=1 - ratio)
 
 
+def _skipping(name: str) -> Callable[[HoliTomConfig, float], HoliTomConfig]:
+    """HoliTom before the decoder; inside, layers that `holitom-hf calibrate` wrote, or that of stage 3 alone."""
+
+    def settings(own: HoliTomConfig, ratio: float) -> HoliTomConfig:
+        layers = own.skipped_layers or [own.inner_merge_layer or 0]
+        return replace(own, retention_ratio=ratio, inner_method=name, skipped_layers=layers)
+
+    return settings
+
+
+SKIPPING = {"skip_ffn": "FFN skipped", "skip_attention": "attention skipped", "freeze": "ShortV"}
+
+
 def _rows() -> dict[str, Row]:
-    """HoliTom with and without stage 3, every other method of the registry, and FastV, which works inside alone."""
+    """HoliTom with and without stage 3, every other method of the registry, and those that work inside alone."""
     found: dict[str, tuple[str, Callable[[HoliTomConfig, float], HoliTomConfig]]] = {
         "holitom": ("HoliTom", lambda own, ratio: replace(own, retention_ratio=ratio)),
         "holitom-outer": ("HoliTom w/o stage 3", _outer("holitom")),
@@ -66,6 +79,7 @@ def _rows() -> dict[str, Row]:
                 found[method.short_name or name] = (method.label, _outer(name))
         if group == "published":
             found["fastv"] = ("FastV", _fastv)
+            found |= {name: (label, _skipping(name)) for name, label in SKIPPING.items()}
     controls = {method.short_name or name for name, method in METHODS.items() if method.group == "control"}
     looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKERS))
     return {name: Row(*row, *look, name in controls) for (name, row), look in zip(found.items(), looks)}

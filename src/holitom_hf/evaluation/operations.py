@@ -129,7 +129,7 @@ def decoding_operations(text_config, savings: Savings, settings: HoliTomConfig, 
     """
     outer, inner, layer = savings.visual_tokens_outer, savings.visual_tokens_inner, savings.inner_merge_layer
     num_tokens = tokens_by_layer(outer + num_text, inner + num_text, layer, text_config.num_hidden_layers)
-    total = decoder_flops(text_config, num_tokens) + output_layer_flops(text_config)
+    total = decoder_flops(text_config, num_tokens, settings, outer) + output_layer_flops(text_config)
     if layer is not None:
         is_folding = settings.inner_method == "merge"
         total += inner_merging_flops(text_config, outer + num_text, [(inner, outer - inner)], is_folding)

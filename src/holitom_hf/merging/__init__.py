@@ -5,7 +5,7 @@ The method, in pure tensors: no model, no transformers, nothing of ours outside 
     merged = merge_video_tokens(features, importance, MergingSettings(retention_ratio=0.1))
 """
 
-from .inner import merge_hidden_states
+from .hidden_states import merge_hidden_states
 from .merged_video import MergedVideo, TokenKind
 from .registry import METHODS, Method
 from .segmentation import segment_frames

@@ -6,9 +6,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from .inner import INNER_METHODS
+from .inner import INNER_METHODS, SKIP_METHODS
+from .package import of_package
 from .registry import METHODS
 from .vision_methods import REUSE, VISION_METHODS
+
+
+check_skipped = of_package("merging.skipping", "check_skipped")
 
 
 def check_number(owner: str, name: str, value: Any, allowed: str, is_allowed) -> None:
@@ -67,6 +71,9 @@ class MergingSettings:
         outer_method: What shortens the video before the decoder: a name in [`METHODS`] (`"holitom"`, its ablation
             `"fixed_windows"`, a baseline) or `"none"`.
         inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`.
+            In its place, what visual tokens leave out in `skipped_layers`: `"skip_ffn"`, `"skip_attention"`, or both
+            with `"freeze"` (ShortV, arXiv 2504.00502).
+        skipped_layers: Decoder layers, from 0, that they leave it out in; `None`: none.
         newline_position: `"end"`: one newline token after the video (LLaVA-OneVision); `"row"`: one after every
             row of the grid that kept a token (LLaVA-Video).
         position_ids: `"packed"`: tokens are numbered anew after merging (HoliTom); `"kept"`: each stands where the
@@ -105,6 +112,7 @@ class MergingSettings:
     inner_merge_ratio: float = 0.5
     outer_method: str = "holitom"
     inner_method: str = "merge"
+    skipped_layers: list[int] | None = None
     newline_position: str = "end"
     position_ids: str = "packed"
     proportional_attention: bool = False
@@ -128,7 +136,8 @@ class MergingSettings:
         "inner_merge_layer": lambda *field: check_integer(*field, minimum=1, is_optional=True),
         "inner_merge_ratio": lambda *field: check_number(*field, "with 0 <= r < 1", lambda value: 0 <= value < 1),
         "outer_method": lambda *field: check_choice(*field, (*METHODS, "none")),
-        "inner_method": lambda *field: check_choice(*field, (*INNER_METHODS, "none")),
+        "inner_method": lambda *field: check_choice(*field, (*INNER_METHODS, *SKIP_METHODS, "none")),
+        "skipped_layers": lambda *field: field[-1] is None or check_skipped(*field),
         "newline_position": lambda *field: check_choice(*field, ("end", "row")),
         "position_ids": lambda *field: check_choice(*field, ("packed", "kept")),
         "proportional_attention": check_boolean,
@@ -180,7 +189,13 @@ class MergingSettings:
     @property
     def has_inner_stage(self) -> bool:
         """Whether the video is shortened inside the decoder (stage 3)."""
-        return self.inner_method != "none" and self.inner_merge_layer is not None and self.inner_merge_ratio > 0
+        is_on = self.inner_merge_layer is not None and self.inner_merge_ratio > 0
+        return is_on and self.inner_method in INNER_METHODS
+
+    @property
+    def skips(self) -> bool:
+        """Whether visual tokens leave something out in some layers of the decoder."""
+        return bool(self.skipped_layers) and self.inner_method in SKIP_METHODS
 
     @property
     def has_vision_stage(self) -> bool:
@@ -195,10 +210,12 @@ class MergingSettings:
     @property
     def is_identity(self) -> bool:
         """Whether nothing is left out at all, so that the model is upstream's to the bit."""
-        return not (self.shortens or self.has_vision_stage)
+        return not (self.shortens or self.has_vision_stage or self.skips)
 
     def check_decoder_depth(self, num_hidden_layers: int) -> None:
-        """Raises a `ValueError` if stage 3 is to run at a layer that a decoder of this depth does not have."""
+        """Raises a `ValueError` if settings name a layer that a decoder of this depth does not have."""
+        if self.skips:
+            check_skipped(type(self).__name__, "skipped_layers", self.skipped_layers, num_hidden_layers)
         layer, last = self.inner_merge_layer, num_hidden_layers - 1
         if self.has_inner_stage and layer > last:
             depth, hint = self.depth_of_layer.get(layer), ""

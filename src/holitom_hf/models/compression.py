@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..configuration import HoliTomConfig
 from ..merging.merged_video import MergedVideo
 from ..merging.outer import merge_videos
+from ..merging.package import of_package
 from ..merging.video_tokens import VideoTokens
 from ..sequence.compaction import compact_prompt
 from ..sequence.compressed_sequence import CompressedSequence, joined_sizes
@@ -25,6 +26,9 @@ from ..sequence.placeholders import (
 from .masks import check_takes_mask
 from .outputs import CompressedOutput, shared_fields
 from .upstream import CACHE_NAME, HAS_ENCODER_OUTPUTS, cache_of
+
+
+skipped_work, check_skips = (of_package("models.skipping", name) for name in ("skipped_work", "check_skips"))
 
 
 class CompressingModelMixin:
@@ -194,13 +198,15 @@ class CompressingModelMixin:
         settings.check_decoder_depth(self.config.text_config.num_hidden_layers)
         if settings.proportional_attention and settings.shortens:
             check_takes_mask(self.config.text_config)
+        if settings.skips:
+            check_skips(self.config.text_config, settings)
         batch_size, num_new = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         past = CompressedSequence.of(cache, num_new)
         if past is not None:
             past = past.for_batch(batch_size)
         encoded = dict(mm_encoder_outputs) if mm_encoder_outputs else {}
         has_video = "video" in encoders or encoded.get("video") is not None
-        is_plain = past is None and not (settings.shortens and has_video)
+        is_plain = past is None and not (has_video and (settings.shortens or settings.skips))
         if isinstance(attention_mask, torch.Tensor) and not is_plain and not torch.compiler.is_compiling():
             seen = past.seen_length(cache) if past is not None else cached_length(cache)
             check_mask(attention_mask, (batch_size, seen + num_new))
@@ -376,8 +382,11 @@ class CompressingModelMixin:
         layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
         has_gaps = (is_kept or self.has_position_gaps) and positions.ndim == 2
         outer_sizes = joined_sizes(past.outer_sizes, prompt.sizes, past.outer_mask, packed.mask)
-        if layer is not None or has_gaps or outer_sizes is not None or self.language_model.needs_stage:
+        needs_stage = self.language_model.needs_stage or settings.skips
+        if layer is not None or has_gaps or outer_sizes is not None or needs_stage:
             stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached, has_gaps=has_gaps)
+            if settings.skips:
+                stage.skips = skipped_work(settings, prompt, embeddings)
             stage.sizes, stage.inner_sizes, stage.counts_removed = outer_sizes, past.inner_sizes, counts
             if not settings.has_inner_stage:
                 stage.inner_sizes = joined_sizes(past.inner_sizes, prompt.sizes, past.inner_mask, packed.mask)

@@ -210,6 +210,8 @@ class HoliTomDecoderMixin:
             is_asked = merges and layer_idx + 1 == first_inner
             if is_asked and cache is not None:
                 layer_cache = _KeyRecorder(cache)
+            if inner_stage.skips is not None:
+                decoder_layer = inner_stage.skips.instead_of(decoder_layer, layer_idx, self)
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=masks[self._layer_type(layer_idx)],

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..merging.inner import SKIP_ATTENTION, SKIP_FFN
 from ..merging.products import segmentation_flops
+from ..merging.settings import MergingSettings
 from ..merging.vision_methods import REUSE, TOME
 
 
@@ -89,29 +91,41 @@ def importance_flops(vision_config, num_frames: int, num_rows: int | None = None
     return float(2 * num_rows * 2 * width**2 + num_frames * 2 * patches**2 * width)
 
 
-def decoder_flops(text_config, num_tokens: Sequence[int]) -> float:
+def decoder_flops(
+    text_config, num_tokens: Sequence[int], settings: MergingSettings | None = None, num_visual: int = 0
+) -> float:
     """
     Operations of a prompt's way through a decoder's layers, of Qwen2's and Qwen3's shape or Qwen3.5's.
 
     Args:
         text_config: Of the decoder.
         num_tokens: n of every layer.
+        settings: What visual tokens leave out in some layers, if they say so.
+        num_visual: How many of the tokens these are.
     """
     types = getattr(text_config, "layer_types", None) or ["full_attention"] * len(num_tokens)
-    attention = {"linear_attention": linear_attention_flops}
-    return float(
-        sum(
-            attention.get(kind, full_attention_flops)(text_config, n) + n * _mlp_flops(text_config, layer)
-            for layer, (kind, n) in enumerate(zip(types, num_tokens))
-        )
-    )
+    skipped = settings.skipped_layers if settings is not None and settings.skips else ()
+    total = 0.0
+    for layer, (kind, n) in enumerate(zip(types, num_tokens)):
+        num_queries = n - num_visual * (layer in skipped and settings.inner_method != SKIP_FFN)
+        if kind == "linear_attention":
+            total += linear_attention_flops(text_config, n)
+        else:
+            total += full_attention_flops(text_config, n, num_queries)
+        num_rows = n - num_visual * (layer in skipped and settings.inner_method != SKIP_ATTENTION)
+        total += num_rows * _mlp_flops(text_config, layer)
+    return total
 
 
-def full_attention_flops(text_config, num_tokens: int) -> float:
-    """Operations of a layer of attention over `num_tokens` tokens, of each to all (as torch counts)."""
+def full_attention_flops(text_config, num_tokens: int, num_queries: int | None = None) -> float:
+    """
+    Operations of a layer of attention of `num_queries` tokens, or all, to each of `num_tokens` (as torch counts).
+    """
+    num_queries = num_tokens if num_queries is None else num_queries
     dim, heads, groups = text_config.hidden_size, text_config.num_attention_heads, text_config.num_key_value_heads
-    projections = 2 * dim * _head_dim(text_config) * ((1 + _query_width(text_config)) * heads + 2 * groups)
-    return float(num_tokens * projections + 4 * num_tokens**2 * heads * _head_dim(text_config))
+    head = 2 * dim * _head_dim(text_config)
+    projections = head * ((1 + _query_width(text_config)) * heads * num_queries + 2 * groups * num_tokens)
+    return float(projections + 4 * num_queries * num_tokens * heads * _head_dim(text_config))
 
 
 def linear_attention_flops(text_config, num_tokens: int) -> float:

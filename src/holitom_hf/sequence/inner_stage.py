@@ -1,6 +1,7 @@
 """Stage 3 over a batch: what the decoder needs to run it, or to go on after it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class InnerStage:
             columns if the others stand for one; `None` where all count alike.
         inner_sizes: (B, P'), the same for what the layers from k on already hold.
         counts_removed: Whether kept tokens stand for those that stage 3 removes, too.
+        skips: What this call's visual tokens leave out in some layers, a `SkippedWork`; `None`: nothing.
     """
 
     layer: int | None
@@ -50,6 +52,7 @@ class InnerStage:
     sizes: torch.Tensor | None = None
     inner_sizes: torch.Tensor | None = None
     counts_removed: bool = False
+    skips: Any = None
 
 
 # As an argument of a decoder that is exported on its own.

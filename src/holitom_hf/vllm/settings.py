@@ -15,6 +15,7 @@ RATIO = "retention_ratio"
 # What a paged cache and a tower of the engine's own have no place for, and why.
 LEFT_OUT = {
     "inner_method": ("none", "stage 3 (layers of a paged cache are of one length)"),
+    "skipped_layers": (None, "work that visual tokens leave out (the engine runs whole layers)"),
     "proportional_attention": (False, "proportional attention (paged attention takes no bias)"),
     "vision_reuse_layer": (None, "reuse in the vision tower (the engine's tower computes every patch)"),
 }
@@ -95,6 +96,7 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
         left_out.append(f"{settings.position_ids} positions (this model's are {positions})")
     is_asked = {
         "inner_method": settings.has_inner_stage,
+        "skipped_layers": settings.skips,
         "proportional_attention": settings.proportional_attention,
         "vision_reuse_layer": settings.has_vision_stage,
     }

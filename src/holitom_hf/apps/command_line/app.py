@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 
 from ...bundled import BUNDLED_ABOUT, BUNDLED_NAME
+from .calibrating import app as calibrating
 from .measuring import app as measuring
 from .options import (
     Device,
@@ -42,6 +43,7 @@ from .options import (
 ENGINES = ("transformers", "vllm")
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(measuring)
+app.add_typer(calibrating)
 
 # torch and transformers are imported where a command needs them, so that `--help` is there at once.
 

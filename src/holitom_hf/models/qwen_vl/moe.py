@@ -57,7 +57,7 @@ class MoeDecoderMixin(HoliTomDecoderMixin):
         layers = [index for index, layer in enumerate(self.layers) if hasattr(layer.mlp, "experts")]
         masks = [inner if inner_stage.layer is not None and index >= inner_stage.layer else outer for index in layers]
         outputs["router_logits"] = tuple(
-            logits if mask is None else logits[mask.flatten().to(logits.device)]
+            logits if mask is None or len(logits) < mask.numel() else logits[mask.flatten().to(logits.device)]
             for logits, mask in zip(router_logits, masks, strict=True)
         )
         return outputs
