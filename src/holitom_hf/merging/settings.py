@@ -136,7 +136,7 @@ class MergingSettings:
         "inner_merge_layer": lambda *field: check_integer(*field, minimum=1, is_optional=True),
         "inner_merge_ratio": lambda *field: check_number(*field, "with 0 <= r < 1", lambda value: 0 <= value < 1),
         "outer_method": lambda *field: check_choice(*field, (*METHODS, "none")),
-        "inner_method": lambda *field: check_choice(*field, (*INNER_METHODS, *SKIP_METHODS, "none")),
+        "inner_method": lambda *field: check_choice(*field, (*INNER_METHODS, "none", *SKIP_METHODS)),
         "skipped_layers": lambda *field: field[-1] is None or check_skipped(*field),
         "newline_position": lambda *field: check_choice(*field, ("end", "row")),
         "position_ids": lambda *field: check_choice(*field, ("packed", "kept")),
