@@ -66,7 +66,9 @@ class MergingSettings:
         inner_merge_ratio: Share of the visual tokens that stage 3 merges away, 0 <= r < 1.
         outer_method: What shortens the video before the decoder: a name in [`METHODS`] (`"holitom"`, its ablation
             `"fixed_windows"`, a baseline) or `"none"`.
-        inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`.
+        inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`;
+            `"prune_by_question"` (PruneVid, arXiv 2412.16117): as `"prune"`, by the attention of all tokens of the
+            question.
         newline_position: `"end"`: one newline token after the video (LLaVA-OneVision); `"row"`: one after every
             row of the grid that kept a token (LLaVA-Video).
         position_ids: `"packed"`: tokens are numbered anew after merging (HoliTom); `"kept"`: each stands where the
