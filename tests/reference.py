@@ -228,6 +228,18 @@ def plain_layer(layer, hidden: torch.Tensor, mask: torch.Tensor, rotation, visua
     return hidden + change
 
 
+def plain_attention(weights: torch.Tensor, owner: list[int | None], last: int, settings) -> torch.Tensor:
+    """
+    (N,), what stage 3 chooses by, of a layer's (H, N, N) attention: that of the prompt's last token, a mean over
+    heads, or the largest of any head and any token behind the prompt's last video. `owner` says whose token each is.
+    """
+    weights = weights.float()
+    if settings.inner_method != "prune_by_question":
+        return weights.mean(0)[last]
+    behind = [i for i in range(last + 1) if all(of is None for of in owner[i : last + 1])] or [last]
+    return torch.stack([weights[head, i] for head in range(len(weights)) for i in behind]).amax(0)
+
+
 @dataclass
 class PlainVideo:
     """
@@ -308,7 +320,7 @@ class PlainModel:
             if slot == encoded[video].num_slots:
                 slot, video = 0, video + 1
 
-        all_places = places
+        all_places, all_owners = places, owner
         decoder = upstream.model.language_model
         hidden = torch.stack(tokens)[None]
         positions = torch.tensor(places)[None] if settings.position_ids == "kept" else torch.arange(len(tokens))[None]
@@ -316,12 +328,11 @@ class PlainModel:
         weights = {}
         for index, layer in enumerate(decoder.layers):
             if has_inner and index == settings.inner_merge_layer:
-                everyone = weights["last"][0].float().mean(0)  # (N, N)
                 kept_so_far = list(range(len(places)))
                 ends = prompt_length if isinstance(prompt_length, list) else [prompt_length] * len(encoded)
                 for v, end in enumerate(ends):
                     last = max(i for i, place in enumerate(all_places) if end is None or place < end)
-                    attention = everyone[last][kept_so_far]
+                    attention = plain_attention(weights["last"][0], all_owners, last, settings)[kept_so_far]
                     visual = [i for i, of in enumerate(owner) if of == v]
                     merged, keep, targets = plain_inner_merge(
                         hidden[0], attention, visual, settings.inner_merge_ratio, settings.inner_method == "merge"

@@ -58,7 +58,7 @@ OUT_OF_RANGE = [
     ("inner_merge_layer", 0, "an integer >= 1 or None"),
     ("inner_merge_ratio", 1.0, "0 <= r < 1"),
     ("outer_method", "fastv", "'random_tokens', 'regular_grid', 'average_pooling', 'none'"),
-    ("inner_method", "fold", "'merge', 'prune', 'none'"),
+    ("inner_method", "fold", "'merge', 'prune', 'prune_by_question', 'none'"),
     ("skipped_layers", [3, 3], "a list of different layers, integers >= 0, or None"),
     ("skipped_layers", [-1], "a list of different layers, integers >= 0, or None"),
     ("newline_position", "column", "'end', 'row'"),

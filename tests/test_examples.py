@@ -71,6 +71,22 @@ def test_fine_tuning(tmp_path):
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_a_side_network_learns_from_stored_activations(tmp_path):
+    options = ["--clips", "6", "--epochs", "4", "--batch-size", "3", "--num-uncompressed", "2"]
+    output = run(sys.executable, EXAMPLES / "side_network.py", *options, cwd=tmp_path)
+    assert "12 clips, stored in 12 runs of the decoder\n" in output
+    compressed, whole = map(int, re.search(r"bytes of 2 of them: (\d+) compressed, (\d+) not", output).groups())
+    # 8 layers of 784 tokens, a newline and some text, of 128 numbers of 2 bytes.
+    assert 8 * 785 * 128 * 2 < whole / 2 < 8 * 840 * 128 * 2
+    assert compressed < 0.25 * whole
+    losses = [float(loss) for loss in re.findall(r"^epoch \d: loss (\d+\.\d+)", output, flags=re.MULTILINE)]
+    assert losses[-1] < losses[0]
+    assert "epochs ran the decoder 0 times; no weight of it has a gradient" in output
+    assert re.search(r"^test, frozen: \d+% \[\d+%, \d+%\] of 3; chance 33%$", output, flags=re.MULTILINE)
+    assert re.search(r"^\+\d -\d, p = .+: (no|a) difference$", output, flags=re.MULTILINE)
+
+
 def test_merging_is_measured_with_what_it_needs(tmp_path):
     output = run(sys.executable, EXAMPLES / "measure_merging.py", "--frames", "2", "--rounds", "2", cwd=tmp_path)
     assert re.match(r"2 frames, R = 10%, \d+ threads, 2 rounds\n", output)

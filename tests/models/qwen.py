@@ -27,7 +27,7 @@ import holitom_hf
 from holitom_hf import HoliTomConfig
 from holitom_hf.merging import merge_video_tokens
 
-from ..reference import plain_inner_merge, plain_layer, plain_merge
+from ..reference import plain_attention, plain_inner_merge, plain_layer, plain_merge
 
 
 ON = HoliTomConfig(retention_ratio=0.3, similarity_threshold=0.3, inner_merge_layer=2)
@@ -382,7 +382,7 @@ class PlainQwen:
         weights = {}
         for index, layer in enumerate(decoder.layers):
             if has_inner and index == settings.inner_merge_layer:
-                everyone = weights["last"][0].float().mean(0)
+                owners = [owner[place] for place in left]
                 so_far = list(range(len(places)))
                 ends = prompt_length if isinstance(prompt_length, list) else [prompt_length] * len(encoded)
                 for v, end in enumerate(ends):
@@ -390,7 +390,7 @@ class PlainQwen:
                     visual = [i for i, place in enumerate(places) if owner[place] == v]
                     merged, keep, targets = plain_inner_merge(
                         hidden[0],
-                        everyone[last][so_far],
+                        plain_attention(weights["last"][0], owners, last, settings)[so_far],
                         visual,
                         settings.inner_merge_ratio,
                         settings.inner_method == "merge",

@@ -158,6 +158,25 @@ def test_rows_of_a_batch_choose_for_themselves(name):
         torch.testing.assert_close(outputs.last_hidden_state[row : row + 1], expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_of_several_queries_the_largest_attention_of_any_head_counts(name):
+    embeds, positions, deep = draw(name, batch=2)
+    decoder, eager = make(name), make(name, "eager")
+    stage, weights = stage_for(2, 0.5, False, LENGTH - 1, batch=2), {}
+    stage.query = torch.tensor([[16, 17, 18], [18, 18, 19]])
+    outputs = decoder(
+        inputs_embeds=embeds, position_ids=positions, inner_stage=stage, **visual_arguments(deep, batch=2)
+    )
+    handle = eager.layers[1].self_attn.register_forward_hook(lambda _, __, out: weights.update(asked=out[1]))
+    eager(inputs_embeds=embeds, position_ids=positions, **visual_arguments(deep, batch=2))
+    handle.remove()
+    for row, queries in enumerate(stage.query.tolist()):
+        received = {i: max(float(head[q][i]) for head in weights["asked"][row] for q in queries) for i in VIDEO}
+        best = sorted(sorted(VIDEO, key=lambda i: -received[i])[:6])
+        assert [i for i in outputs.survivors.row(row).tolist() if i in VIDEO] == best
+
+
 @pytest.mark.parametrize("name", [name for name in DECODERS if "deepstack" not in name])
 @torch.no_grad()
 def test_going_on_with_its_cache_is_the_loop_over_everything(name):

@@ -34,6 +34,9 @@ SETTINGS = {
     "short segments": HoliTomConfig(retention_ratio=0.3, max_segment_frames=2, inner_merge_layer=2),
     "newline per row": HoliTomConfig(retention_ratio=0.3, newline_position="row", inner_merge_layer=2),
     "prune": HoliTomConfig(retention_ratio=0.3, inner_method="prune", inner_merge_layer=2),
+    "prune by question": HoliTomConfig(
+        retention_ratio=0.3, inner_method="prune_by_question", inner_merge_layer=2, inner_merge_ratio=0.6
+    ),
 }
 
 

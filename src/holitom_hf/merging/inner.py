@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 
 
+# Drops what the question's tokens do not attend to (PruneVid, its second stage), not the last token alone.
+BY_QUESTION = "prune_by_question"
 # What becomes of the tokens that stage 3 removes: folded into the kept ones (HoliTom), or dropped (FastV).
-INNER_METHODS = ("merge", "prune")
+INNER_METHODS = ("merge", "prune", BY_QUESTION)
 # In their place: what visual tokens leave out in some layers.
 SKIP_FFN, SKIP_ATTENTION, FREEZE = SKIP_METHODS = ("skip_ffn", "skip_attention", "freeze")
 # Rows of the similarity matrix that exist at once.

@@ -70,9 +70,10 @@ class MergingSettings:
         inner_merge_ratio: Share of the visual tokens that stage 3 merges away, 0 <= r < 1.
         outer_method: What shortens the video before the decoder: a name in [`METHODS`] (`"holitom"`, its ablation
             `"fixed_windows"`, a baseline) or `"none"`.
-        inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`.
-            In its place, what visual tokens leave out in `skipped_layers`: `"skip_ffn"`, `"skip_attention"`, or both
-            with `"freeze"` (ShortV, arXiv 2504.00502).
+        inner_method: What stage 3 does with the tokens it removes: `"merge"` (HoliTom), `"prune"` (FastV), `"none"`;
+            `"prune_by_question"` (PruneVid, arXiv 2412.16117): as `"prune"`, by the attention of all tokens of the
+            question. In its place, what visual tokens leave out in `skipped_layers`: `"skip_ffn"`,
+            `"skip_attention"`, or both with `"freeze"` (ShortV, arXiv 2504.00502).
         skipped_layers: Decoder layers, from 0, that they leave it out in; `None`: none.
         newline_position: `"end"`: one newline token after the video (LLaVA-OneVision); `"row"`: one after every
             row of the grid that kept a token (LLaVA-Video).

@@ -176,7 +176,9 @@ def _query_width(text_config) -> int:
     return 2 if hasattr(text_config, "linear_num_key_heads") else 1
 
 
-def inner_merging_flops(text_config, num_tokens: int, videos: Sequence[tuple[int, int]], is_folding: bool) -> float:
+def inner_merging_flops(
+    text_config, num_tokens: int, videos: Sequence[tuple[int, int]], is_folding: bool, num_queries: int = 1
+) -> float:
     """
     Operations of stage 3.
 
@@ -185,10 +187,11 @@ def inner_merging_flops(text_config, num_tokens: int, videos: Sequence[tuple[int
         num_tokens: Tokens that enter the decoder.
         videos: How many tokens of each video are kept and how many removed.
         is_folding: Whether removed ones are folded into kept ones.
+        num_queries: Tokens whose attention is asked.
     """
     dim, width = text_config.hidden_size, text_config.num_attention_heads * _head_dim(text_config)
     query = 2 * dim * width * _query_width(text_config) + 2 * num_tokens * width
-    return float(query + is_folding * sum(2 * dim * kept * removed for kept, removed in videos))
+    return float(num_queries * query + is_folding * sum(2 * dim * kept * removed for kept, removed in videos))
 
 
 def output_layer_flops(text_config) -> float:

@@ -26,7 +26,8 @@ class InnerStage:
         fold: Whether removed tokens are folded into the kept ones.
         num_real: Number of real tokens of every row.
         padding_side: Where rows are padded.
-        query: (B,) int64, the position whose attention is asked: the prompt's last real token.
+        query: (B,) int64, the position whose attention is asked: the prompt's last real token; or (B, Q), several, of
+            which the largest attention counts.
         num_past: Number of positions that the first layers already hold.
         has_gaps: Whether the position ids of this call are for the rotation alone: they have gaps, and an attention
             function that sees them would take one row for several packed ones.
