@@ -1,6 +1,7 @@
 """Stage 3 over a batch: what the decoder needs to run it, or to go on after it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class InnerStage:
         sizes: (B, P+N) float32, for how many uncompressed tokens each position of the first layers stands, or fewer
             columns if the others stand for one; `None` where all count alike.
         inner_sizes: (B, P'), the same for what the layers from k on already hold.
+        unmerging: An [`Unmerging`], where tokens stand at several places; `position_ids` and masks are then of these.
         counts_removed: Whether kept tokens stand for those that stage 3 removes, too.
     """
 
@@ -50,6 +52,7 @@ class InnerStage:
     sizes: torch.Tensor | None = None
     inner_sizes: torch.Tensor | None = None
     counts_removed: bool = False
+    unmerging: Any = None
 
 
 # As an argument of a decoder that is exported on its own.
