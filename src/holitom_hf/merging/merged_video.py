@@ -10,7 +10,7 @@ from .package import of_package
 from .video_tokens import VideoTokens
 
 
-merged_table = of_package("merging.merged_table", "merged_table", "draws a video for notebooks")
+merged_table = of_package("merging.merged_table", "merged_table")
 
 
 class TokenKind(IntEnum):

@@ -27,7 +27,7 @@ from .upstream import CACHE_NAME, HAS_ENCODER_OUTPUTS, cache_of
 
 
 with_questions = of_package("sequence.questions", "with_questions")
-unmerged = of_package("models.virtual_unmerging", "unmerged", "is for virtual_unmerging")
+unmerged = of_package("models.virtual_unmerging", "unmerged")
 
 
 class CompressingModelMixin:
