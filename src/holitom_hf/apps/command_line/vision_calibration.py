@@ -13,7 +13,7 @@ from .options import Device, Dtype, Frames, ManyValues, Model, Preset, find_mode
 app = typer.Typer()
 
 
-@app.command(cls=ManyValues)
+@app.command("calibrate-vision", cls=ManyValues)
 def calibrate_vision(
     out: Annotated[Path, typer.Argument(help="Folder for holitom_config.json, which --preset takes.")],
     videos: Annotated[list[Path] | None, typer.Option(help="Video files; default: drawn clips to train by.")] = None,
