@@ -27,6 +27,7 @@ from holitom_hf.benchmarking.exact_flops import forward_flops, plan_video
 from holitom_hf.merging import METHODS, merge_video_tokens
 from holitom_hf.models.llava_video.layout import VideoLayout
 from holitom_hf.models.registry import backbone_of, encoder_operations
+from holitom_hf.models.upstream import cache_of
 
 from ..checkpoints import test_checkpoint
 from ..conftest import IDENTITY, make_prompt, pad_batch
@@ -216,6 +217,20 @@ class TestCompressed:
             ours = model(input_ids=ids[None], pixel_values_videos=frames[None], holitom_config=settings).logits[0]
             expected = plain.logits(ids, None, settings, encoded=encoded)
         torch.testing.assert_close(ours, expected, **CLOSE)
+
+    def test_tokens_at_all_their_places_have_the_newlines_that_are_left(self, model):
+        settings = replace(ON, outer_method="dymu_tokens", inner_method="none", virtual_unmerging=True)
+        inputs = {"input_ids": prompt(3, "video:4", 4)[None], "pixel_values_videos": video(4, seed=6)[None]}
+        with torch.no_grad():
+            everything = model(**inputs, holitom_config=replace(settings, retention_ratio=0.999)).logits
+            torch.testing.assert_close(everything, model(**inputs, holitom_config=IDENTITY).logits, **CLOSE)
+            few = model(**inputs, holitom_config=replace(settings, retention_ratio=0.3))
+        [[merged]] = few.merged_videos
+        num_newlines = int(merged.kind.eq(2).sum())
+        assert 0 < num_newlines < 4 * 3
+        assert cache_of(few).get_seq_length() == 3 + 4 + 4 * 9 + num_newlines
+        kwargs = {"do_sample": False, "max_new_tokens": 4, "holitom_config": settings}
+        assert torch.equal(model.generate(**inputs, **kwargs), model.generate(**inputs, **kwargs, use_cache=False))
 
     def test_the_question(self, model):
         settings = replace(ON, outer_method="question_tokens", inner_merge_layer=None)

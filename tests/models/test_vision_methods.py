@@ -140,8 +140,9 @@ def test_of_a_still_video_few_frames_are_left():
 
 
 @torch.no_grad()
-def one_frame_with_merged_patches(tower, pixels, merges):
+def one_frame_with_merged_patches(tower, pixels, merges, merge=None):
     """Hidden states at every place, and the places that stay: token by token, `merges[l]` of them in layer l."""
+    merge = merge or merge_tokens
     tokens = [(state, [place]) for place, state in enumerate(tower.embeddings(pixels[None])[0])]
 
     def at_every_place():
@@ -167,7 +168,7 @@ def one_frame_with_merged_patches(tower, pixels, merges):
                 outputs.append(sum(w * value[head] for w, value in zip(weights / weights.sum(), values)))
             attended.append(state + attention.out_proj(torch.cat(outputs)))
         tokens = [(state, places) for state, (_, places) in zip(attended, tokens)]
-        tokens = merge_tokens(tokens, [key.mean(0) for key in keys], num_merged)
+        tokens = merge(tokens, [key.mean(0) for key in keys], num_merged)
         tokens = [(state + layer.mlp(layer.layer_norm2(state)), places) for state, places in tokens]
         hidden.append(at_every_place())
     return hidden, sorted(min(places) for _, places in tokens)
@@ -233,6 +234,7 @@ def test_the_same_number_is_merged_in_every_layer_until_the_share_is_left(num_pa
     [
         {"vision_method": "frames", "vision_reuse_threshold": 1.0},
         {"vision_method": "tome", "vision_retention_ratio": 1.0},
+        {"vision_method": "dymu", "vision_merge_thresholds": [1.0, 1.0]},
         {"vision_method": "reuse", "vision_reuse_threshold": 1.0},
     ],
 )
@@ -257,6 +259,7 @@ def test_rows_by_layer_of_reuse_are_all_and_then_what_is_computed():
 FIELDS = [
     {"vision_method": "frames", "vision_reuse_layer": 1, "vision_reuse_threshold": 0.5},
     {"vision_method": "tome", "vision_reuse_layer": 1},
+    {"vision_method": "dymu", "vision_reuse_layer": 1, "vision_merge_thresholds": [0.6]},
     {"vision_method": "reuse", "vision_reuse_layer": 1, "vision_reuse_threshold": 0.8},
 ]
 
@@ -353,12 +356,13 @@ def test_generation_without_merging_is_that_of_the_dense_tower(model):
         for fields in (
             {"vision_method": "frames", "vision_reuse_layer": 1, "vision_reuse_threshold": 1.0},
             {"vision_method": "tome", "vision_reuse_layer": 1, "vision_retention_ratio": 1.0},
+            {"vision_method": "dymu", "vision_reuse_layer": 1, "vision_merge_thresholds": [1.0]},
         ):
             assert torch.equal(model.generate(**inputs, holitom_config=fields), expected)
 
 
 def test_settings_are_checked(model):
-    with pytest.raises(ValueError, match="vision_method must be one of 'reuse', 'frames', 'tome', got 'both'"):
+    with pytest.raises(ValueError, match="vision_method must be one of 'reuse', 'frames', 'tome', 'dymu', got 'both'"):
         HoliTomConfig(vision_method="both")
     for ratio in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match="vision_retention_ratio must be a number with 0 < R <= 1"):

@@ -17,7 +17,7 @@ class Savings:
     Attributes:
         num_segments: Segments that stage 1 found in the row's videos; 0 if nothing was merged.
         visual_tokens_before: Video tokens of the uncompressed model, newlines included.
-        visual_tokens_outer: Those left by stages 1 and 2.
+        visual_tokens_outer: Those left by stages 1 and 2; with virtual_unmerging all places that they stand at.
         visual_tokens_inner: Those left by stage 3.
         inner_merge_layer: The layer before which stage 3 ran; `None` if it did not.
         flops: Prefill operations of the decoder by the paper's formula.

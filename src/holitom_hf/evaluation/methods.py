@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..configuration import HoliTomConfig
 from ..merging.registry import METHODS
-from ..merging.vision_methods import FRAMES, REUSE, TOME
+from ..merging.vision_methods import DYMU, FRAMES, REUSE, TOME
 
 
 @dataclass
@@ -209,6 +209,7 @@ def vision_runs(own: HoliTomConfig, ratio: float = 0.15, layer: int = 1) -> list
         REUSE: ("vision_reuse_threshold", (0.95, 0.98, 0.99)),
         FRAMES: ("vision_reuse_threshold", (0.8, 0.95)),
         TOME: ("vision_retention_ratio", (0.5, 0.35, 0.25)),
+        DYMU: ("vision_retention_ratio", (own.vision_retention_ratio,) if own.vision_merge_thresholds else ()),
     }
     runs = []
     for decoder, settings in decoders.items():

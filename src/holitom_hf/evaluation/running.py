@@ -164,7 +164,7 @@ def evaluate(
         decoded, encoded = _decode(answerer, folder, batch), {}
         for run, missing in pending:
             if missing:
-                how = tuple(_vision_fields(run.settings).items())
+                how = str(_vision_fields(run.settings))  # fields may be lists
                 if how not in encoded:
                     encoded[how] = _encode(answerer, decoded, run.settings)
                 file.add(_answer(answerer, run, missing, encoded[how], max_new_tokens, counted))

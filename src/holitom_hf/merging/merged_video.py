@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from html import escape
 
 import torch
 import torch.nn.functional as F
 
+from .package import of_package
 from .video_tokens import VideoTokens
+
+
+merged_table = of_package("merging.merged_table", "merged_table")
 
 
 class TokenKind(IntEnum):
@@ -65,20 +68,12 @@ class MergedVideo:
             f"{self.num_tokens} tokens: {', '.join(counts)})"
         )
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         """For notebooks: segment by segment, how many tokens there were and what became of them."""
-        frame, kind, assignment = self.frame.cpu(), self.kind.cpu(), self.assignment.cpu()
-        rows = []
-        for start, stop in [*self.segments, (0, len(assignment))]:
-            inside = (frame >= start) & (frame < stop)
-            num, dropped = assignment[start:stop].numel(), int((assignment[start:stop] < 0).sum())
-            kinds = [int((inside & (kind == each)).sum()) for each in TokenKind]
-            rows.append((f"{start}-{stop - 1}", num, *kinds, num - dropped - sum(kinds[:2]), dropped))
-        rows[-1] = ("all", *rows[-1][1:])
-        head = ("frames", "tokens", "static", "dynamic", "newlines", "merged into these", "dropped")
-        lines = (f"<td>{'</td><td>'.join(map(str, row))}</td>" for row in rows)
-        table = f"<tr><th>{'</th><th>'.join(head)}</th></tr><tr>{'</tr><tr>'.join(lines)}</tr>"
-        return f"<p>{escape(repr(self))}</p><table>{table}</table>"
+        try:
+            return merged_table(self)
+        except ImportError:  # a checkpoint's own code is without: notebooks show what `repr` says
+            return None
 
     @property
     def num_tokens(self) -> int:

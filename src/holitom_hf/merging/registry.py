@@ -76,6 +76,7 @@ METHODS |= (
     _other("flashvid", "FlashVID", "importance flops"),
     _other("unicomp", "UniComp", "importance flops"),
     _other("prunevid", "PruneVid, before the decoder", "flops"),
+    _other("dymu_tokens", "DyMU, before the decoder", "importance"),
     _other("holitom_stop", "HoliTom with SToP", "importance"),
     _other("temporal_pooling", "means over time (STORM)"),
     _other("question_tokens", "tokens like the question", "question flops", "control", "question"),

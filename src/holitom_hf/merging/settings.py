@@ -23,6 +23,23 @@ def check_number(owner: str, name: str, value: Any, allowed: str, is_allowed) ->
         raise ValueError(f"{owner}.{name} must be a number {allowed}, got {value!r}")
 
 
+def check_cosine(*field: Any) -> None:
+    """[`check_number`] of a cosine similarity."""
+    check_number(*field, "in [-1, 1]", lambda value: -1 <= value <= 1)
+
+
+def check_share(*field: Any) -> None:
+    """[`check_number`] of a share."""
+    check_number(*field, "with 0 < R <= 1", lambda value: 0 < value <= 1)
+
+
+def check_cosines(owner: str, name: str, value: Any) -> None:
+    """Raises a `TypeError` or `ValueError` unless `value` is `None` or a list of cosine similarities."""
+    for each in value if isinstance(value, list) else [value]:
+        if value is not None:
+            check_cosine(owner, name, each)
+
+
 def check_integer(owner: str, name: str, value: Any, minimum: int, is_optional: bool) -> None:
     """Raises a `TypeError` or `ValueError` unless `value` is an integer of at least `minimum`, or `None` if it may."""
     allowed = f"an integer >= {minimum}" + (" or None" if is_optional else "")
@@ -82,6 +99,9 @@ class MergingSettings:
             on behind all of it.
         proportional_attention: Whether a token that stands for n of the uncompressed ones has log n added to its
             attention scores in every decoder layer (ToMe, arXiv 2210.09461, section 3).
+        virtual_unmerging: Whether attention is computed as if every token stood at all places of those that were
+            merged into it, its outputs averaged (DyMU, arXiv 2504.17040, section 3.2): what `proportional_attention`
+            is where all of them are one place.
         exact_budget: Whether stages 1 and 2 leave as many tokens as the sizes say, whatever the video shows: the least
             important go, or the most important dropped ones come back.
         min_frame_tokens: Tokens below which a frame is rather left out than shown, of methods that know how.
@@ -89,13 +109,17 @@ class MergingSettings:
             distance; 0: importance does not matter.
         vision_method: What the vision tower leaves out: `"reuse"`: patches that repeat; for comparison `"frames"`
             (EarlyTom, arXiv 2605.30010): frames that are merged, `"tome"` (ToMe, arXiv 2210.09461): patches that are
-            merged with others of their frame. Features come back at full length with all of them, so that
+            merged with others of their frame, as many in every layer, `"dymu"` (DyMU, arXiv 2504.17040): those more
+            alike than `vision_merge_thresholds`. Features come back at full length with all of them, so that
             `retention_ratio` is of the original number of tokens.
         vision_reuse_layer: Layers of the vision tower after which it begins to, at least 1; `None`: it computes every
             patch of every frame.
         vision_reuse_threshold: Cosine similarity above which a patch repeats the next frame's there. With `"frames"`
             that of whole frames below which a segment ends (EarlyTom: 0.3 to 0.8). At 1 nothing is left out.
-        vision_retention_ratio: With `"tome"`, the share of a frame's patches that is left in the end, 0 < R <= 1.
+        vision_retention_ratio: With `"tome"`, the share of a frame's patches that is left in the end, 0 < R <= 1; with
+            `"dymu"` what the thresholds were found for.
+        vision_merge_thresholds: With `"dymu"`, the cosine similarity above which patches are merged, one for each
+            layer that merges, as `holitom-hf calibrate-vision` finds them.
         vision_drift_guard: Whether a patch that repeats must be that like the one of its segment's first frame, too.
 
     Raises:
@@ -117,6 +141,7 @@ class MergingSettings:
     newline_position: str = "end"
     position_ids: str = "packed"
     proportional_attention: bool = False
+    virtual_unmerging: bool = False
     exact_budget: bool = False
     min_frame_tokens: int = 4
     importance_weight: float = 0.0
@@ -124,12 +149,13 @@ class MergingSettings:
     vision_reuse_layer: int | None = None
     vision_reuse_threshold: float = 0.98
     vision_retention_ratio: float = 0.5
+    vision_merge_thresholds: list[float] | None = None
     vision_drift_guard: bool = True
 
     # By field: raises an error unless a value is allowed. A subclass with more fields adds theirs.
     checks: ClassVar[dict[str, Any]] = {
-        "retention_ratio": lambda *field: check_number(*field, "with 0 < R <= 1", lambda value: 0 < value <= 1),
-        "similarity_threshold": lambda *field: check_number(*field, "in [-1, 1]", lambda value: -1 <= value <= 1),
+        "retention_ratio": check_share,
+        "similarity_threshold": check_cosine,
         "max_segment_frames": lambda *field: check_integer(*field, minimum=1, is_optional=True),
         "cluster_neighbors": lambda *field: check_integer(*field, minimum=1, is_optional=False),
         "cluster_center_weight": lambda *field: check_number(*field, "in [0, 1]", lambda value: 0 <= value <= 1),
@@ -142,13 +168,15 @@ class MergingSettings:
         "newline_position": lambda *field: check_choice(*field, ("end", "row")),
         "position_ids": lambda *field: check_choice(*field, ("packed", "kept")),
         "proportional_attention": check_boolean,
+        "virtual_unmerging": check_boolean,
         "exact_budget": check_boolean,
         "min_frame_tokens": lambda *field: check_integer(*field, minimum=1, is_optional=False),
         "importance_weight": lambda *field: check_number(*field, "with w >= 0", lambda value: value >= 0),
         "vision_method": lambda *field: check_choice(*field, VISION_METHODS),
         "vision_reuse_layer": lambda *field: check_integer(*field, minimum=1, is_optional=True),
-        "vision_reuse_threshold": lambda *field: check_number(*field, "in [-1, 1]", lambda value: -1 <= value <= 1),
-        "vision_retention_ratio": lambda *field: check_number(*field, "with 0 < R <= 1", lambda value: 0 < value <= 1),
+        "vision_reuse_threshold": check_cosine,
+        "vision_retention_ratio": check_share,
+        "vision_merge_thresholds": check_cosines,
         "vision_drift_guard": check_boolean,
     }
 

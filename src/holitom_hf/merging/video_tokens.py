@@ -17,6 +17,8 @@ class VideoTokens:
         keys: (F, T, K) attention keys averaged over heads; `None` if no method needs them.
         newline: (D,) the model's newline embedding; `None` for models without.
         grid: Rows and columns of a frame; `None`: a square, if T is one.
+        groups: (F, T) int64, for each token the first one of its frame that the vision tower made equal to it; `None`
+            where nobody asks.
         question: (Q, D) embeddings of the text that the video comes with; `None` if the method does not ask for it.
         maps: Further feature maps, each (F, T, E), which the same merge applies to.
     """
@@ -26,6 +28,7 @@ class VideoTokens:
     keys: torch.Tensor | None = None
     newline: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
+    groups: torch.Tensor | None = None
     question: torch.Tensor | None = None
     maps: tuple[torch.Tensor, ...] = ()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 
-REUSE, FRAMES, TOME = VISION_METHODS = ("reuse", "frames", "tome")
+REUSE, FRAMES, TOME, DYMU = VISION_METHODS = ("reuse", "frames", "tome", "dymu")
 
 
 def check_first_layer(layer: int, last: int) -> None:
@@ -25,7 +25,9 @@ class VisionPlan:
     Attributes:
         is_computed: (F, P) bool, the places that rows stand at in the end: of what was merged, the first one.
         rows_by_layer: (L, F) int64, on the host: how many rows of every frame go into each of the L layers that run.
+        groups: (F, P) int64, the first place of the row that each place has, in its frame; `None` where nobody asks.
     """
 
     is_computed: torch.Tensor
     rows_by_layer: torch.Tensor
+    groups: torch.Tensor | None = None

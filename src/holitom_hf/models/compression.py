@@ -1,7 +1,6 @@
 """The compressing forward: what backbones do between vision tower and decoder, and the hooks they fill."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from transformers.cache_utils import Cache
@@ -17,7 +16,6 @@ from ..sequence.compaction import compact_prompt
 from ..sequence.compressed_sequence import CompressedSequence, joined_sizes
 from ..sequence.inner_stage import InnerStage
 from ..sequence.placeholders import (
-    assign_videos,
     cached_length,
     check_mask,
     check_position_ids,
@@ -30,6 +28,8 @@ from .upstream import CACHE_NAME, HAS_ENCODER_OUTPUTS, cache_of
 
 
 skipped_work, check_skips = (of_package("models.skipping", name) for name in ("skipped_work", "check_skips"))
+with_questions = of_package("sequence.questions", "with_questions")
+unmerged = of_package("models.virtual_unmerging", "unmerged")
 
 
 class CompressingModelMixin:
@@ -355,6 +355,11 @@ class CompressingModelMixin:
             sizes = [torch.cat([v.sizes, newline[: len(e) - v.num_tokens]]) for v, e in zip(merged, embeddings)]
         prompt = compact_prompt(inputs_embeds, video_mask, is_real, embeddings, num_slots, slots, sizes)
         packed, videos_of_row = prompt.packed, prompt.videos_of_row
+        layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
+        places = prompt  # that the layers hold
+        if settings.virtual_unmerging:
+            places = unmerged(self, prompt, video_mask, is_real, merged, videos, settings, layer, decoder_kwargs)
+        held, is_dropped = places.packed, places.is_dropped
         if videos[0].maps:
             maps = zip(*([tokens.apply(map_) for map_ in video.maps] for tokens, video in zip(merged, videos)))
             decoder_kwargs = decoder_kwargs | self.decoder_inputs(
@@ -366,31 +371,31 @@ class CompressingModelMixin:
 
         # Where the tokens that are left stand: by the count of all, less what was dropped.
         full = self.full_positions(past.next_position, is_real, **position_inputs)
-        positions = full if is_kept else self.renumbered(full, prompt.is_dropped)
+        positions = full if is_kept else self.renumbered(full, is_dropped)
         next_position = self.next_position(positions)
         num_skipped = self.next_position(full) - next_position
         if position_ids is not None:
             check_position_ids(position_ids, num_new, full.ndim)
             positions = position_ids - past.position_offset[:, None]
             if not is_kept:
-                positions = self.renumbered(positions, prompt.is_dropped)
-        positions = positions.gather(-1, packed.index.expand_as(positions[..., : packed.index.shape[1]]))
-        positions = positions.masked_fill(~packed.mask, 0)
+                positions = self.renumbered(positions, is_dropped)
+        positions = positions.gather(-1, held.index.expand_as(positions[..., : held.index.shape[1]]))
+        positions = positions.masked_fill(~held.mask, 0)
 
         # Stage 3 runs inside the decoder.
-        outer_mask = torch.cat([past.outer_mask, packed.mask], dim=1)
-        is_padded = past.is_padded or packed.is_padded
-        layer = past.inner_layer_with(settings.inner_merge_layer if settings.has_inner_stage else None)
-        has_gaps = (is_kept or self.has_position_gaps) and positions.ndim == 2
-        outer_sizes = joined_sizes(past.outer_sizes, prompt.sizes, past.outer_mask, packed.mask)
+        outer_mask = torch.cat([past.outer_mask, held.mask], dim=1)
+        is_padded = past.is_padded or held.is_padded
+        has_gaps = (is_kept or self.has_position_gaps or places is not prompt) and positions.ndim == 2
+        outer_sizes = joined_sizes(past.outer_sizes, prompt.sizes, past.outer_mask, held.mask)
         needs_stage = self.language_model.needs_stage or settings.skips
         if layer is not None or has_gaps or outer_sizes is not None or needs_stage:
             stage = InnerStage(layer, past.inner_mask, packed.mask, is_padded, num_past=num_cached, has_gaps=has_gaps)
             if settings.skips:
                 stage.skips = skipped_work(settings, prompt, embeddings)
+            stage.unmerging = None if places is prompt else places
             stage.sizes, stage.inner_sizes, stage.counts_removed = outer_sizes, past.inner_sizes, counts
             if not settings.has_inner_stage:
-                stage.inner_sizes = joined_sizes(past.inner_sizes, prompt.sizes, past.inner_mask, packed.mask)
+                stage.inner_sizes = joined_sizes(past.inner_sizes, prompt.sizes, past.inner_mask, held.mask)
             if settings.has_inner_stage:
                 num_tokens = [len(tokens) for tokens in embeddings]
                 stage.videos = token_positions(prompt.video_mask, videos_of_row, num_tokens)
@@ -409,7 +414,7 @@ class CompressingModelMixin:
         )
 
         survivors = getattr(outputs, "survivors", None)
-        output_index, inner_mask, inner_keep = packed.last_kept, packed.mask, None
+        output_index, inner_mask, inner_keep = packed.last_kept, held.mask, None
         inner_sizes = prompt.sizes
         if survivors is not None:
             survivors = survivors.to(device)
@@ -469,23 +474,3 @@ def in_slot_order(
             tokens = tokens[order]
         ordered.append((video, tokens, taken))
     return tuple(map(list, zip(*ordered)))
-
-
-def with_questions(
-    videos: list[VideoTokens], prompt_embeds: torch.Tensor, video_mask: torch.Tensor, is_real: torch.Tensor
-) -> list[VideoTokens]:
-    """
-    Videos with the text of their rows. It waits for the device, to know which rows those are.
-
-    Args:
-        videos: In the order of the prompts.
-        prompt_embeds: (B, P, D), the prompts of a call of L >= P positions.
-        video_mask, is_real: (B, L) bool, placeholders and what is no padding.
-    """
-    num_placeholders = (video_mask & is_real).sum(1).tolist()
-    is_text = (is_real & ~video_mask)[:, : prompt_embeds.shape[1]]
-    videos = list(videos)
-    for row, of_row in enumerate(assign_videos(num_placeholders, [video.num_slots for video in videos])):
-        for v in of_row:
-            videos[v] = replace(videos[v], question=prompt_embeds[row, is_text[row]])
-    return videos

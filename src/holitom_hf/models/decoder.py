@@ -177,8 +177,11 @@ class HoliTomDecoderMixin:
         if first_inner is not None:
             self.check_layers(first_inner)
 
-        hidden_states = inputs_embeds
-        masks = self._masks_from(hidden_states, attention_mask, cache, 0, inner_stage.sizes)
+        hidden_states = held = inputs_embeds
+        unmerging = inner_stage.unmerging
+        if unmerging is not None:
+            held = unmerging.take(inputs_embeds)
+        masks = self._masks_from(held, attention_mask, cache, 0, inner_stage.sizes)
         position_embeddings = self.rotary_emb(hidden_states, self.rotary_positions(position_ids))
         # Layers get only what can't be mistaken for packed rows.
         is_plain = position_ids.ndim == 2 and not inner_stage.has_gaps
@@ -206,6 +209,8 @@ class HoliTomDecoderMixin:
                     sizes = joined_sizes(sizes, survivor_sizes, inner_stage.past_mask, survivors.mask)
                 masks = self._masks_from(hidden_states, attention_mask, cache, layer_idx, sizes)
 
+            if unmerging is not None:
+                decoder_layer = unmerging.around(decoder_layer)
             layer_input, layer_cache = hidden_states, cache
             is_asked = merges and layer_idx + 1 == first_inner
             if is_asked and cache is not None:

@@ -14,7 +14,7 @@ import torch
 from ..merging.inner import SKIP_ATTENTION, SKIP_FFN
 from ..merging.products import segmentation_flops
 from ..merging.settings import MergingSettings
-from ..merging.vision_methods import REUSE, TOME
+from ..merging.vision_methods import DYMU, REUSE, TOME
 
 
 @dataclass
@@ -61,11 +61,12 @@ def packed_tower_flops(vision_config, rows_by_layer: torch.Tensor, vision_method
     """
     width, hidden, patches = vision_config.hidden_size, vision_config.intermediate_size, _num_patches(vision_config)
     num_frames = rows_by_layer.shape[1]
+    merges = vision_method in (TOME, DYMU)
     total = 2 * num_frames * patches * vision_config.num_channels * vision_config.patch_size**2 * width
-    after = torch.cat([rows_by_layer[1:], rows_by_layer[-1:]]) if vision_method == TOME else rows_by_layer
-    keys = rows_by_layer if vision_method == TOME else torch.full_like(rows_by_layer, patches)
+    after = torch.cat([rows_by_layer[1:], rows_by_layer[-1:]]) if merges else rows_by_layer
+    keys = rows_by_layer if merges else torch.full_like(rows_by_layer, patches)
     total += int((8 * rows_by_layer * width**2 + 4 * rows_by_layer * keys * width + 4 * after * width * hidden).sum())
-    if vision_method == TOME:
+    if merges:
         merging = rows_by_layer[rows_by_layer != after]
         head_dim = width // vision_config.num_attention_heads
         total += int((2 * ((merging + 1) // 2) * (merging // 2) * head_dim).sum())

@@ -16,14 +16,13 @@ from ..merging.settings import MergingSettings
 
 
 class HoliTomSiglipAttention(SiglipAttention):
-    """`SiglipAttention` whose queries may be fewer than its keys, in another number in every frame; or with keys."""
+    """`SiglipAttention` whose queries may be fewer than its keys, in another number in every frame."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         patch_plan: PatchPlan | None = None,
-        with_keys: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -33,20 +32,15 @@ class HoliTomSiglipAttention(SiglipAttention):
             hidden_states: (F, P, D); with a `patch_plan` its packed rows (1, N, D).
             attention_mask: As upstream, without a plan.
             patch_plan: Every row is a query among all P places of its frame.
-            with_keys: Whether to return the keys averaged over heads, (F, P, head_dim), in place of probabilities.
         """
-        if patch_plan is None and not with_keys:
+        if patch_plan is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         query, key, value = (
-            project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
+            project(hidden_states[0]).unflatten(-1, (self.num_heads, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs = {"is_causal": False, "scaling": self.scale, "dropout": self.dropout if self.training else 0.0}
-        if with_keys:
-            output, _ = attend(self, *(x.transpose(1, 2) for x in (query, key, value)), attention_mask, **kwargs)
-            return self.out_proj(output.flatten(2)), key.mean(2)
-        query, key, value = query[0], key[0], value[0]
         if is_flash_attention_requested(self.config):
             # One call for all frames, each with as many queries as it has rows.
             slot = patch_plan.slot.flatten()[None]

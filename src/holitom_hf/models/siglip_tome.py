@@ -10,6 +10,7 @@ from ..merging.bipartite import first_places, match_patches, merge_patches, merg
 from ..merging.settings import MergingSettings
 from ..merging.vision_methods import VisionPlan, check_first_layer
 from .siglip import HoliTomSiglipVisionModel, PackedStates
+from .siglip_keys import attend_with_keys
 
 
 def encode_merged_patches(
@@ -82,7 +83,7 @@ def _layer_that_merges(
     layer: nn.Module, states: torch.Tensor, sizes: torch.Tensor | None, mask: torch.Tensor | None, num_merged: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A layer's two halves with merging between: (F, n-r, D), their sizes, and where the n patches are among them."""
-    attended, keys = layer.self_attn(layer.layer_norm1(states), mask, with_keys=True)
+    attended, keys = attend_with_keys(layer.self_attn, layer.layer_norm1(states), mask)
     moved = match_patches(keys, num_merged)
     states, sizes = merge_patches(states + attended, sizes, moved, states.shape[1] - num_merged)
     return states + layer.mlp(layer.layer_norm2(states)), sizes, moved

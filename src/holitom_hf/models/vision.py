@@ -29,15 +29,18 @@ class HoliTomVideoFeatures(BaseModelOutputWithPooling):
             `None`: all.
         rows_by_layer: A list of V tensors (L, F_v) int64 on the host: how many rows of every frame go into each of the
             tower's layers that run; `None`: all patches.
+        patch_groups: A list of V tensors (F_v, P) int64: for every patch the first one of its frame that it was merged
+            with; `None` where nobody asks.
     """
 
     # Of these a batch of beams needs copies, video by video. A backbone with more per-video fields adds them.
-    per_video = ("importance", "attention_keys", "computed_patches", "rows_by_layer")
+    per_video = ("importance", "attention_keys", "computed_patches", "rows_by_layer", "patch_groups")
 
     importance: list[torch.Tensor] | None = None
     attention_keys: list[torch.Tensor] | None = None
     computed_patches: list[torch.Tensor] | None = None
     rows_by_layer: list[torch.Tensor] | None = None
+    patch_groups: list[torch.Tensor] | None = None
 
 
 def joined_chunks(chunks: list[tuple[torch.Tensor | None, ...] | None]) -> tuple[torch.Tensor | None, ...] | None:

@@ -1,7 +1,7 @@
 """What a SigLIP tower does with a video under each name in [`VISION_METHODS`]: the one list of encoders."""
 
 from ..merging.package import of_package
-from ..merging.vision_methods import FRAMES, REUSE, TOME
+from ..merging.vision_methods import DYMU, FRAMES, REUSE, TOME
 from .siglip import HoliTomSiglipVisionModel
 
 
@@ -10,4 +10,5 @@ VISION_ENCODERS = {
     REUSE: HoliTomSiglipVisionModel.encode_changes,
     FRAMES: of_package("models.siglip_frames", "encode_merged_frames"),
     TOME: of_package("models.siglip_tome", "encode_merged_patches"),
+    DYMU: of_package("models.siglip_dymu", "encode_by_thresholds"),
 }

@@ -34,6 +34,7 @@ class InnerStage:
         sizes: (B, P+N) float32, for how many uncompressed tokens each position of the first layers stands, or fewer
             columns if the others stand for one; `None` where all count alike.
         inner_sizes: (B, P'), the same for what the layers from k on already hold.
+        unmerging: An [`Unmerging`], where tokens stand at several places; `position_ids` and masks are then of these.
         counts_removed: Whether kept tokens stand for those that stage 3 removes, too.
         skips: What this call's visual tokens leave out in some layers, a `SkippedWork`; `None`: nothing.
     """
@@ -54,6 +55,7 @@ class InnerStage:
     inner_sizes: torch.Tensor | None = None
     counts_removed: bool = False
     skips: Any = None
+    unmerging: Any = None
 
 
 # As an argument of a decoder that is exported on its own.

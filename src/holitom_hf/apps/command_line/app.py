@@ -38,12 +38,14 @@ from .options import (
     quiet,
     settings_of,
 )
+from .vision_calibration import app as vision_calibration
 
 
 ENGINES = ("transformers", "vllm")
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(measuring)
 app.add_typer(calibrating)
+app.add_typer(vision_calibration)
 
 # torch and transformers are imported where a command needs them, so that `--help` is there at once.
 

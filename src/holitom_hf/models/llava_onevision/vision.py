@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from ...configuration import HoliTomConfig
+from ...merging.package import of_package
 from ...merging.patches import PatchPlan
 from ...merging.video_tokens import VideoTokens
 from ...merging.vision_methods import VisionPlan
@@ -18,6 +19,9 @@ from ..siglip import HoliTomSiglipVisionModel
 from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once, joined_chunks
 from ..vision_importance import vision_importance
 from ..vision_methods import VISION_ENCODERS
+
+
+token_groups = of_package("models.token_groups", "token_groups")
 
 
 class LlavaOnevisionVisionMixin:
@@ -44,6 +48,7 @@ class LlavaOnevisionVisionMixin:
     def video_tokens(self, video: HoliTomVideoFeatures) -> list[VideoTokens]:
         """Overrides CompressingModelMixin.video_tokens: F*T+1 features of a video, the newline last."""
         importance, keys = getattr(video, "importance", None), getattr(video, "attention_keys", None)
+        groups = getattr(video, "patch_groups", None)
         videos = []
         for index, tokens in enumerate(video.pooler_output):
             frames = tokens[:-1].view(-1, self.config.tokens_per_frame, tokens.shape[-1])
@@ -53,6 +58,7 @@ class LlavaOnevisionVisionMixin:
                     importance[index].to(frames.device) if importance is not None else None,
                     keys[index].to(frames.device) if importance is not None and keys is not None else None,
                     newline=tokens[-1],
+                    groups=None if groups is None else token_groups(self.apply_pooling, groups[index]),
                 )
             )
         return videos
@@ -105,11 +111,13 @@ class LlavaOnevisionVisionMixin:
         shown = shown if isinstance(shown, (list, bool)) else [shown]
         num_leading = int(vision_feature_select_strategy == "default")  # a class before the patches
         asked = _Asked(feature_layers, hidden_index, shown, return_vision_states, num_leading)
-        computed = rows_by_layer = None
+        computed = rows_by_layer = groups = None
         if settings.has_vision_stage:
             plan, parts = self._encode_changes(chunks, num_frames, settings, asked, vision_batch_size, **kwargs)
             computed = list(plan.is_computed[:, num_leading:].split(num_frames))
             rows_by_layer = list(plan.rows_by_layer.split(num_frames, dim=1))
+            if getattr(plan, "groups", None) is not None:
+                groups = list(plan.groups[:, num_leading:].split(num_frames))
         else:
             parts = self._encode_frames(
                 chunks,
@@ -142,6 +150,7 @@ class LlavaOnevisionVisionMixin:
             attention_keys=list(torch.cat(keys).split(num_frames)) if keys else None,
             computed_patches=computed,
             rows_by_layer=rows_by_layer,
+            patch_groups=groups,
         )
 
     def _encode_frames(self, chunks: Iterable[torch.Tensor], asked: "_Asked", **kwargs) -> Iterator["_EncodedFrames"]:

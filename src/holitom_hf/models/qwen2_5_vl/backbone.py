@@ -12,5 +12,5 @@ BACKBONE = Backbone(
     processor="HoliTomQwen2_5_VLProcessor",
     video_processor="HoliTomQwen2_5_VLVideoProcessor",
     upstream_processor="Qwen2_5_VLProcessor",
-    fixed_settings=("vision_method", "newline_position"),
+    fixed_settings=("vision_method", "newline_position", "virtual_unmerging"),
 )

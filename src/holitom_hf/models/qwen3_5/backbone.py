@@ -12,5 +12,5 @@ BACKBONE = Backbone(
     processor="HoliTomQwen3_5Processor",
     video_processor="HoliTomQwen3_5VideoProcessor",
     upstream_processor="Qwen3VLProcessor",
-    fixed_settings=("vision_method", "newline_position"),
+    fixed_settings=("vision_method", "newline_position", "virtual_unmerging"),
 )

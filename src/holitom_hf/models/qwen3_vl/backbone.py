@@ -12,5 +12,5 @@ BACKBONE = Backbone(
     processor="HoliTomQwen3VLProcessor",
     video_processor="HoliTomQwen3VLVideoProcessor",
     upstream_processor="Qwen3VLProcessor",
-    fixed_settings=("vision_method", "newline_position"),
+    fixed_settings=("vision_method", "newline_position", "virtual_unmerging"),
 )
