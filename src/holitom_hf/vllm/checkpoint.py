@@ -14,6 +14,9 @@ from .settings import checkpoint_settings, engine_settings
 # As vLLM's own, whose level and format are set for its name.
 logger = init_logger(f"vllm.plugins.{__name__}")
 
+# By name, as the engine's option takes it: the process that schedules imports it.
+ENCODER_CACHE_MANAGER = f"{__package__}.encoder_budget.UncompressedBudgetManager"
+
 
 class HoliTomModelConfig(VerifyAndUpdateConfig):
     """What vLLM asks about a checkpoint of ours before it loads anything but its `config.json`."""
@@ -44,14 +47,12 @@ class HoliTomModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """
-        Overrides VerifyAndUpdateConfig.verify_and_update_config: the encoder's share of a step is counted in tokens
-        that are left. It gets as many videos as it would uncompressed, or first tokens wait for the encoding of all.
+        Overrides VerifyAndUpdateConfig.verify_and_update_config: a step encodes no more than it would uncompressed,
+        unless the encoder's cache has a manager of the user's choice.
         """
-        settings = HoliTomConfig.coerce(vllm_config.model_config.hf_config.holitom_config)
-        if settings.has_outer_stage:
-            scheduler_config = vllm_config.scheduler_config
-            num_tokens = scheduler_config.max_num_encoder_input_tokens * settings.retention_ratio
-            scheduler_config.max_num_encoder_input_tokens = max(1, round(num_tokens))
+        manager_config = vllm_config.ec_manager_config
+        if manager_config.encoder_cache_manager_cls is None:
+            manager_config.encoder_cache_manager_cls = ENCODER_CACHE_MANAGER
 
 
 class PruningModelConfig(HoliTomModelConfig):
