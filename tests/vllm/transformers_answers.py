@@ -94,8 +94,17 @@ def write_batch(folder: Path, number: int = 40) -> None:
     subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options], check=True)
 
 
+def write_checkpoints(folder: Path, model: HoliTomLlavaOnevisionForConditionalGeneration, processor) -> None:
+    """The model with the code that it runs, and settings of another rate, with code, too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder / "whole")
+    processor.save_pretrained(folder / "whole")
+    model.config.holitom_config = model.config.holitom_config.overlaid({"retention_ratio": 0.3})
+    model.save_pretrained(folder / "settings", config_only=True)
+
+
 def main() -> None:
-    """Writes the answers of the bundled model, what the small Qwen3-VL encodes, by ratio, and a batch beside."""
+    """Writes what the models answer and encode, by ratio, and beside it a batch and checkpoints of ours."""
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
     parser.add_argument("--questions", type=int, default=200)
@@ -113,6 +122,7 @@ def main() -> None:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)
     write_batch(args.file.with_suffix(".batch"))
+    write_checkpoints(args.file.with_suffix(".checkpoints"), model, processor)
     args.file.write_text(json.dumps(answers))
 
 
