@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from ..configuration import HoliTomConfig
 from ..merging.budget import token_budget
+from ..merging.vision_methods import REUSE
 
 
 # What a request may change, in `mm_processor_kwargs`.
@@ -99,7 +100,7 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
         "vision_reuse_layer": settings.has_vision_stage,
     }
     # Positions are kept by the Qwen families, whose towers are not SigLIP.
-    reuses_patches = settings.vision_method == "reuse" and not keeps_positions
+    reuses_patches = settings.vision_method == REUSE and not keeps_positions
     names = [name for name in LEFT_OUT if not (name == "vision_reuse_layer" and reuses_patches)]
     left_out += [LEFT_OUT[name][1] for name in names if is_asked[name]]
     off = {name: LEFT_OUT[name][0] for name in names}
