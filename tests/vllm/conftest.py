@@ -10,19 +10,28 @@ def pytest_addoption(parser):
     parser.addoption("--answers", type=Path, help="what transformers_answers.py wrote")
 
 
-@pytest.fixture(scope="session")
-def transformers_answers(request):
+def written(request, suffix):
+    """What transformers_answers.py wrote: its file, or a folder beside it. An old run that lacks one is an error."""
     file = request.config.getoption("--answers", None)
     if file is None:
         pytest.skip("needs --answers, the file of transformers_answers.py")
-    return json.loads(file.read_text())
+    path = file.absolute().with_suffix(suffix)
+    assert path.exists(), f"{path} is missing: run tests.vllm.transformers_answers anew"
+    return path
+
+
+@pytest.fixture(scope="session")
+def transformers_answers(request):
+    return json.loads(written(request, ".json").read_text())
 
 
 @pytest.fixture(scope="session")
 def transformers_batch(request):
     """The folder with inputs of a batch and what transformers recorded, absolute as it was there."""
-    file = request.config.getoption("--answers", None)
-    folder = None if file is None else file.absolute().with_suffix(".batch")
-    if folder is None or not folder.is_dir():
-        pytest.skip("needs --answers, the file of transformers_answers.py, and the folder it wrote beside")
-    return folder
+    return written(request, ".batch")
+
+
+@pytest.fixture(scope="session")
+def transformers_checkpoints(request):
+    """The folder with checkpoints that our transformers class saved: `whole`, and `settings` alone."""
+    return written(request, ".checkpoints")

@@ -18,6 +18,7 @@ QWEN_PROMPT = (
 ENGINE = {"exact_budget": True, "inner_method": "none"}
 RATIOS = (1.0, 0.15, 0.05)
 QWEN_RATIOS = (1.0, 0.25)
+REUSE = {"retention_ratio": 0.15, "vision_reuse_layer": 1, "vision_reuse_threshold": 0.98}
 
 
 def prompt_of(question: str, num_videos: int = 1) -> str:
@@ -31,6 +32,12 @@ def drawn_questions(number: int) -> Iterator[tuple[np.ndarray, str, str]]:
         frames = clip.render(uniform_times(clip.num_frames or NUM_FRAMES), SIDE)
         for question in questions:
             yield frames, question.text, question.answer
+
+
+def drawn_pixels() -> list[np.ndarray]:
+    """Of two clips, the second one shorter, pixels (F, C, H, W) for a tower."""
+    first, *_, second = (frames for frames, _, _ in drawn_questions(9))
+    return [video.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1 for video in (first, second[:11])]
 
 
 def metadata_of(frames: np.ndarray) -> dict:

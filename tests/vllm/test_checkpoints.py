@@ -55,14 +55,38 @@ def served(model, **kwargs):
     return len(output.prompt_token_ids), output.outputs[0].text
 
 
-def test_a_published_checkpoint_a_config_only_one_and_ours_are_the_same_model(published, config_only):
-    settings = {"holitom_config": {"retention_ratio": 0.3}}
+SETTINGS = {"holitom_config": {"retention_ratio": 0.3}}
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return served(BUNDLED_MODEL, hf_overrides=SETTINGS)
+
+
+def test_a_published_checkpoint_a_config_only_one_and_ours_are_the_same_model(ours, published, config_only):
     architecture = {"architectures": ["HoliTomLlavaOnevisionForConditionalGeneration"]}
-    ours = served(BUNDLED_MODEL, hf_overrides=settings)
-    assert served(published, hf_overrides=settings | architecture) == ours
+    assert served(published, hf_overrides=SETTINGS | architecture) == ours
     assert served(published, hf_config_path=str(config_only)) == ours
     plain = served(BUNDLED_MODEL, hf_overrides={"holitom_config": {"retention_ratio": 1.0}})
     assert plain[0] > 2 * ours[0]
+
+
+def test_checkpoints_that_carry_code_are_served_with_it(ours, transformers_checkpoints):
+    whole, settings = (str(transformers_checkpoints / name) for name in ("whole", "settings"))
+    assert served(whole, trust_remote_code=True, hf_overrides=SETTINGS) == ours
+    assert served(BUNDLED_MODEL, trust_remote_code=True, hf_config_path=settings) == ours
+
+
+def test_a_rate_for_all_of_a_server_is_a_setting(ours):
+    assert served(BUNDLED_MODEL, mm_processor_kwargs={"retention_ratio": 0.3}) == ours
+
+
+@pytest.mark.parametrize("ratio", [0, 7, "much"])
+def test_a_rate_for_all_that_is_none_ends_the_server_with_its_name(ratio):
+    vllm.plugins.load_general_plugins()
+    arguments = vllm.EngineArgs(model=str(BUNDLED_MODEL), mm_processor_kwargs={"retention_ratio": ratio})
+    with pytest.raises((ValueError, TypeError), match="retention_ratio"):
+        arguments.create_model_config()
 
 
 def test_a_config_only_checkpoint_alone_says_how_it_is_served(config_only, published):

@@ -10,6 +10,7 @@ from transformers import LlavaOnevisionConfig
 from holitom_hf import HoliTomConfig
 from holitom_hf import vllm as room
 from holitom_hf.bundled import BUNDLED_MODEL
+from holitom_hf.merging.vision_methods import VISION_METHODS
 from holitom_hf.vllm.settings import checkpoint_settings, engine_settings, num_placeholders, request_settings
 from holitom_hf.vllm.weight_names import published_name
 
@@ -35,10 +36,21 @@ def test_what_an_engine_has_no_place_for_is_off_and_said():
     assert settings.position_ids == "packed"
     assert not settings.has_inner_stage
     assert not settings.proportional_attention
-    assert not settings.has_vision_stage
-    assert len(left_out) == 4
+    assert len(left_out) == 3
     assert engine_settings(settings, keeps_positions=False) == (settings, [])
     assert engine_settings(asked, keeps_positions=True)[0].position_ids == "kept"
+
+
+def test_of_what_a_tower_leaves_out_the_engine_has_reuse_and_not_in_every_tower():
+    asked = HoliTomConfig(inner_method="none", vision_reuse_layer=2)
+    assert engine_settings(asked, keeps_positions=False) == (asked.overlaid({"exact_budget": True}), [])
+    others = [method for method in VISION_METHODS if method != "reuse"]
+    assert others
+    for fields, keeps_positions in [*(({"vision_method": method}, False) for method in others), ({}, True)]:
+        kept_as_asked = asked.overlaid(fields | {"position_ids": "kept" if keeps_positions else "packed"})
+        settings, left_out = engine_settings(kept_as_asked, keeps_positions)
+        assert not settings.has_vision_stage
+        assert len(left_out) == 1
 
 
 @pytest.mark.parametrize("fields", [{"outer_method": "question_tokens"}, {"newline_position": "row"}])

@@ -24,7 +24,18 @@ from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.bundled.questions import write_set
 from holitom_hf.merging.outer import merge_videos
 
-from .questions import ENGINE, QWEN_PROMPT, QWEN_RATIOS, RATIOS, SMALL_QWEN, drawn_questions, metadata_of, prompt_of
+from .questions import (
+    ENGINE,
+    QWEN_PROMPT,
+    QWEN_RATIOS,
+    RATIOS,
+    REUSE,
+    SMALL_QWEN,
+    drawn_pixels,
+    drawn_questions,
+    metadata_of,
+    prompt_of,
+)
 
 
 def llava_inputs(processor, frames, question):
@@ -77,6 +88,18 @@ def encoded(model, processor, settings: HoliTomConfig, number: int = 2) -> list[
     return videos
 
 
+@torch.no_grad()
+def encoded_with_reuse(model) -> list[dict]:
+    """Of each of [`drawn_pixels`] the tokens that go into the prompt, and how many patches were computed."""
+    settings = HoliTomConfig(**REUSE, **ENGINE)
+    videos = []
+    for pixels in drawn_pixels():
+        output = model.model.get_video_features(torch.from_numpy(pixels)[None], holitom_config=settings)
+        _, (tokens,) = merge_videos(model.model.video_tokens(output), settings)
+        videos.append({"tokens": tokens.tolist(), "num_computed": int(output.computed_patches[0].sum())})
+    return videos
+
+
 def write_batch(folder: Path, number: int = 40) -> None:
     """Inputs of `holitom-hf batch`, some of which can't be answered, and the records of transformers."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,8 +117,17 @@ def write_batch(folder: Path, number: int = 40) -> None:
     subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options], check=True)
 
 
+def write_checkpoints(folder: Path, model: HoliTomLlavaOnevisionForConditionalGeneration, processor) -> None:
+    """The model with the code that it runs, and settings of another rate, with code, too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder / "whole")
+    processor.save_pretrained(folder / "whole")
+    model.config.holitom_config = model.config.holitom_config.overlaid({"retention_ratio": 0.3})
+    model.save_pretrained(folder / "settings", config_only=True)
+
+
 def main() -> None:
-    """Writes the answers of the bundled model, what the small Qwen3-VL encodes, by ratio, and a batch beside."""
+    """Writes what the models answer and encode, by ratio, and beside it a batch and checkpoints of ours."""
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
     parser.add_argument("--questions", type=int, default=200)
@@ -112,7 +144,9 @@ def main() -> None:
     for ratio in QWEN_RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)
+    answers["reuse"] = encoded_with_reuse(model)
     write_batch(args.file.with_suffix(".batch"))
+    write_checkpoints(args.file.with_suffix(".checkpoints"), model, processor)
     args.file.write_text(json.dumps(answers))
 
 

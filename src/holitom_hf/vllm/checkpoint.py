@@ -8,11 +8,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..configuration import HoliTomConfig
-from .settings import checkpoint_settings, engine_settings
+from .settings import RATIO, checkpoint_settings, engine_settings, request_settings
 
 
 # As vLLM's own, whose level and format are set for its name.
 logger = init_logger(f"vllm.plugins.{__name__}")
+
+# By name, as the engine's option takes it: the process that schedules imports it.
+ENCODER_CACHE_MANAGER = f"{__package__}.encoder_budget.UncompressedBudgetManager"
 
 
 class HoliTomModelConfig(VerifyAndUpdateConfig):
@@ -21,15 +24,20 @@ class HoliTomModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """
-        Overrides VerifyAndUpdateConfig.verify_and_update_model_config: overrides lie over the settings of the file.
+        Overrides VerifyAndUpdateConfig.verify_and_update_model_config: overrides lie over the settings of the file,
+        and over both the rate in a server's `mm_processor_kwargs`, which transformers' processor would not know.
 
         Raises:
             OSError: If `config.json` can't be read.
-            ValueError: If settings are out of range, or the checkpoint holds nothing but them.
+            TypeError, ValueError: If settings are out of range, or the checkpoint holds nothing but them.
         """
         model, place = model_config.model, model_config.hf_config_path
         revision = model_config.revision if place in (None, model) else None
         settings = checkpoint_settings(model_config.hf_config, place or model, revision)
+        multimodal_config = model_config.get_multimodal_config()
+        kwargs = multimodal_config.mm_processor_kwargs or {}
+        settings = request_settings(settings, kwargs)
+        multimodal_config.mm_processor_kwargs = {name: kwargs[name] for name in kwargs if name != RATIO}
         model_config.hf_config.holitom_config = settings.to_dict()
         base = settings.base_model_name_or_path
         if base is None or base == model or place not in (None, model):
@@ -44,14 +52,12 @@ class HoliTomModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """
-        Overrides VerifyAndUpdateConfig.verify_and_update_config: the encoder's share of a step is counted in tokens
-        that are left. It gets as many videos as it would uncompressed, or first tokens wait for the encoding of all.
+        Overrides VerifyAndUpdateConfig.verify_and_update_config: a step encodes no more than it would uncompressed,
+        unless the encoder's cache has a manager of the user's choice.
         """
-        settings = HoliTomConfig.coerce(vllm_config.model_config.hf_config.holitom_config)
-        if settings.has_outer_stage:
-            scheduler_config = vllm_config.scheduler_config
-            num_tokens = scheduler_config.max_num_encoder_input_tokens * settings.retention_ratio
-            scheduler_config.max_num_encoder_input_tokens = max(1, round(num_tokens))
+        manager_config = vllm_config.ec_manager_config
+        if manager_config.encoder_cache_manager_cls is None:
+            manager_config.encoder_cache_manager_cls = ENCODER_CACHE_MANAGER
 
 
 class PruningModelConfig(HoliTomModelConfig):

@@ -26,7 +26,7 @@ from ..merging.video_tokens import VideoTokens
 from .checkpoint import served_settings
 from .processing import HoliTomMultiModalProcessorMixin, HoliTomProcessingInfoMixin
 from .settings import RATIO, num_placeholders
-from .siglip import encode_before_last, last_layer_importance
+from .siglip import encode_changes, encode_frames, last_layer_importance
 from .weight_names import PUBLISHED_TOWER, TOWER
 
 
@@ -88,7 +88,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
     and text follows on them: positions are numbered anew by there being fewer placeholders.
 
     Raises:
-        ValueError: If settings need the attention of a tower that is not SigLIP.
+        ValueError: If settings need the attention, or the layers, of a tower that is not SigLIP, or more layers.
     """
 
     hf_to_vllm_mapper = (
@@ -99,11 +99,19 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings = served_settings(vllm_config.model_config)
-        if self.settings.needs_importance and not isinstance(self.vision_tower, SiglipVisionModel):
+        is_siglip = isinstance(self.vision_tower, SiglipVisionModel)
+        if self.settings.needs_importance and not is_siglip:
             raise ValueError(
                 f"outer_method={self.settings.outer_method!r} needs the attention of a SigLIP tower; this model's is "
                 f"a {type(self.vision_tower).__name__}"
             )
+        if self.settings.has_vision_stage:
+            num_layers = len(self.vision_tower.vision_model.encoder.layers) if is_siglip else 0
+            if self.settings.vision_reuse_layer >= num_layers:
+                raise ValueError(
+                    f"vision_reuse_layer={self.settings.vision_reuse_layer} needs a SigLIP tower of more layers; this "
+                    f"model's is a {type(self.vision_tower).__name__}: set a lower one, or None"
+                )
         vision_config = vllm_config.model_config.hf_config.vision_config
         self.tokens_per_frame = math.ceil(vision_config.image_size // vision_config.patch_size / 2) ** 2
         # The scheduler counts compressed tokens; the tower never takes more frames at once than fit uncompressed.
@@ -155,7 +163,11 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
         """What the tower sees in V videos (F_v, C, H, W), frames of all of them together."""
         num_frames = [len(video) for video in videos]
         chunks = torch.cat(videos).split(self.frames_at_once)
-        maps = [torch.cat(parts).split(num_frames) for parts in zip(*map(self.encode_frames, chunks))]
+        if self.settings.has_vision_stage:
+            parts = self.encode_changes(chunks, num_frames)
+        else:
+            parts = map(self.encode_frames, chunks)
+        maps = [torch.cat(part).split(num_frames) for part in zip(*parts)]
         return [VideoTokens(*tokens, newline=self.image_newline) for tokens in zip(*maps)]
 
     def encode_frames(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -164,10 +176,23 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
         """
         if not self.settings.needs_importance:
             return (self._video_pixels_to_features(self.vision_tower, pixels),)
+        layers = self.vision_tower.vision_model.encoder.layers
+        hidden_states = encode_frames(self.vision_tower, pixels, len(layers) - 1)
+        importance = self.pooled_importance(hidden_states)
+        hidden_states, _ = layers[-1](hidden_states)
+        return self.apply_pooling(self.multi_modal_projector(hidden_states)), *importance
+
+    def encode_changes(
+        self, chunks: Sequence[torch.Tensor], num_frames: list[int]
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """As [`encode_frames`], of some frames after others: patches that repeat are computed once."""
+        parts = encode_changes(self.vision_tower, chunks, num_frames, self.settings, self.frames_at_once)
+        for before, rows, slot in parts:
+            features = self.apply_pooling(self.multi_modal_projector(rows)[slot])
+            yield features, *(self.pooled_importance(before, slot) if self.settings.needs_importance else ())
+
+    def pooled_importance(self, *hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Importance (F, T) and keys (F, T, K) from what goes into the last layer, as [`last_layer_importance`]."""
         last_layer = self.vision_tower.vision_model.encoder.layers[-1]
-        hidden_states = encode_before_last(self.vision_tower, pixels)
-        importance, keys = last_layer_importance(last_layer, hidden_states)
-        hidden_states, _ = last_layer(hidden_states)
-        features = self.multi_modal_projector(hidden_states)
-        importance = self.apply_pooling(importance[..., None])[..., 0]
-        return self.apply_pooling(features), importance, self.apply_pooling(keys)
+        importance, keys = last_layer_importance(last_layer, *hidden_states)
+        return self.apply_pooling(importance[..., None])[..., 0], self.apply_pooling(keys)

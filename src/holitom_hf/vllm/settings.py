@@ -7,17 +7,18 @@ from transformers import PreTrainedConfig
 
 from ..configuration import HoliTomConfig
 from ..merging.budget import token_budget
+from ..merging.vision_methods import REUSE
 
 
 # What a request may change, in `mm_processor_kwargs`.
 RATIO = "retention_ratio"
 
-# What a paged cache and a tower of the engine's own have no place for, and why.
+# What a paged cache and the engine's towers have no place for, and why.
 LEFT_OUT = {
     "inner_method": ("none", "stage 3 (layers of a paged cache are of one length)"),
     "skipped_layers": (None, "work that visual tokens leave out (the engine runs whole layers)"),
     "proportional_attention": (False, "proportional attention (paged attention takes no bias)"),
-    "vision_reuse_layer": (None, "reuse in the vision tower (the engine's tower computes every patch)"),
+    "vision_reuse_layer": (None, "the vision tower's stage (of it, patches are reused in LLaVA-OneVision alone)"),
 }
 
 
@@ -100,8 +101,11 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
         "proportional_attention": settings.proportional_attention,
         "vision_reuse_layer": settings.has_vision_stage,
     }
-    left_out += [words for name, (_, words) in LEFT_OUT.items() if is_asked[name]]
-    off = {name: value for name, (value, _) in LEFT_OUT.items()}
+    # Positions are kept by the Qwen families, whose towers are not SigLIP.
+    reuses_patches = settings.vision_method == REUSE and not keeps_positions
+    names = [name for name in LEFT_OUT if not (name == "vision_reuse_layer" and reuses_patches)]
+    left_out += [LEFT_OUT[name][1] for name in names if is_asked[name]]
+    off = {name: LEFT_OUT[name][0] for name in names}
     return settings.overlaid({"exact_budget": True, "position_ids": positions} | off), left_out
 
 
