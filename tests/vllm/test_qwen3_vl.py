@@ -1,4 +1,4 @@
-"""The small Qwen3-VL in vLLM: its answers, and what its encoder hands to the decoder, against our transformers class."""
+"""The small Qwen3-VL in vLLM: its answers, and what its encoder hands on, against our transformers class."""
 
 from functools import partial
 

@@ -1,9 +1,9 @@
 """
 Positions that depend on what was kept of a video, in an engine that counts positions before it encodes.
 
-A prompt's positions are those of the uncompressed prompt, but for a video's range of placeholders, all of which have the
-position that the range begins with. How far each of its tokens stands behind that travels with its embedding, and is
-added where the decoder begins. So no runner has to know of it.
+A prompt's positions are those of the uncompressed prompt, but for a video's range of placeholders, all of which have
+the position that the range begins with. How far each of its tokens stands behind that travels with its embedding, and
+is added where the decoder begins. So no runner has to know of it.
 """
 
 import torch

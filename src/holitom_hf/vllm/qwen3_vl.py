@@ -226,7 +226,7 @@ class HoliTomQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         return tuple(embeddings)
 
     def _postprocess_image_embeds_evs(self, image_embeds_split, image_input) -> tuple[torch.Tensor, ...]:
-        """Overrides Qwen3VLForConditionalGeneration._postprocess_image_embeds_evs: their positions are known before."""
+        """Overrides Qwen3VLForConditionalGeneration._postprocess_image_embeds_evs: positions are known."""
         return tuple(torch.nn.functional.pad(tokens, (0, NUM_CHANNELS)) for tokens in image_embeds_split)
 
     def _get_expanded_positions(
