@@ -164,6 +164,7 @@ def test_what_it_cannot_do_is_refused(model):
     inputs = {"input_ids": make_prompt(3, "video:6", 8, seed=40)[None], "pixel_values_videos": VIDEO[None]}
     for fields, message in (
         ({"inner_method": "merge", "inner_merge_layer": 2}, 'set inner_method="none"'),
+        ({"inner_method": "freeze", "skipped_layers": [2]}, 'set inner_method="none"'),
         ({"proportional_attention": True}, "proportional_attention would again"),
         ({"newline_position": "row"}, 'virtual_unmerging needs newline_position="end"'),
     ):

@@ -1,9 +1,4 @@
-"""
-The small Qwen3-VL in vLLM: what its encoder hands to the decoder, against our transformers class.
-
-vLLM 0.32's runner for CPUs leaves the positions on the embeddings that a pruning model returns (its own EVS ends with
-the same error), so that answers can be compared on a GPU alone.
-"""
+"""The small Qwen3-VL in vLLM: its answers, and what its encoder hands on, against our transformers class."""
 
 from functools import partial
 
@@ -11,7 +6,7 @@ import pytest
 
 from holitom_hf.merging.budget import token_budget
 
-from .questions import QWEN_PROMPT, QWEN_RATIOS, SMALL_QWEN, drawn_questions, metadata_of
+from .questions import QWEN_PROMPT, QWEN_RATIOS, RATIOS, SMALL_QWEN, drawn_questions, metadata_of
 
 
 vllm = pytest.importorskip("vllm")
@@ -61,12 +56,15 @@ def encode(model, pixels, ratio):
 def test_the_encoder_returns_the_tokens_and_places_of_our_transformers_class(engine, transformers_answers, ratio):
     import torch
 
+    from holitom_hf.vllm.kept_positions import NUM_CHANNELS, from_channels
+
     expected_videos = transformers_answers["qwen3_vl_encoder"][str(ratio)]
     for expected, (frames, question, _) in zip(expected_videos, drawn_questions(len(expected_videos))):
         (rendered,) = engine.llm_engine.renderer.render_cmpl([request_of(frames, question, ratio)])
         pixels = rendered["mm_kwargs"]["video"][0]["pixel_values_videos"].data
         (found,) = engine.apply_model(partial(encode, pixels=pixels, ratio=ratio))
-        positions, is_video = found[:, -5:-2].long(), found[:, -1] == 1
+        # DeepStack adds nothing to text between frames.
+        positions, is_video = from_channels(found[:, -NUM_CHANNELS:]), found[:, 128:256].any(1)
         assert is_video.sum() == len(expected["places"])
         # A frame's tokens have one time; rows and columns are counted from it.
         rows, columns = (positions[is_video, axis] - positions[is_video, 0] for axis in (1, 2))
@@ -86,3 +84,11 @@ def test_a_prompt_has_as_many_placeholders_as_the_budget_says(engine, ratio):
     video = engine.get_tokenizer().convert_tokens_to_ids("<|video_pad|>")
     settings = HoliTomConfig(retention_ratio=ratio, exact_budget=True)
     assert list(prompt).count(video) == token_budget(settings, NUM_FRAMES, TOKENS_PER_FRAME)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_answers_are_those_of_our_transformers_class(engine, transformers_answers, ratio):
+    expected = transformers_answers["qwen3_vl"][str(ratio)]
+    requests = [request_of(frames, question, ratio) for frames, question, _ in drawn_questions(len(expected))]
+    found = engine.generate(requests, vllm.SamplingParams(temperature=0, max_tokens=8))
+    assert [list(output.outputs[0].token_ids) for output in found] == [answer["ids"] for answer in expected]

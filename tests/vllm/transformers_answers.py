@@ -137,10 +137,12 @@ def main() -> None:
     processor = HoliTomProcessor.from_pretrained(BUNDLED_MODEL)
     qwen = HoliTomQwen3VLForConditionalGeneration.from_pretrained(SMALL_QWEN, **kwargs).eval()
     qwen_processor = HoliTomQwen3VLProcessor.from_pretrained(SMALL_QWEN)
-    answers = {"llava_onevision": {}, "qwen3_vl_encoder": {}}
+    answers = {"llava_onevision": {}, "qwen3_vl": {}, "qwen3_vl_encoder": {}}
     for ratio in RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, **ENGINE)
         answers["llava_onevision"][ratio] = answers_of(model, processor, llava_inputs, settings, args.questions)
+        kept = settings.overlaid({"position_ids": "kept"})
+        answers["qwen3_vl"][ratio] = answers_of(qwen, qwen_processor, qwen_inputs, kept, min(args.questions, 20))
     for ratio in QWEN_RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)

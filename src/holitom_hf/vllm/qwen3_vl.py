@@ -1,4 +1,4 @@
-"""Qwen3-VL in vLLM with stages 1 and 2, through the engine's own pruning: tokens keep the places they stand for."""
+"""Qwen3-VL in vLLM with stages 1 and 2: tokens keep the places they stand for."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from ..merging.outer import merge_videos
 from ..merging.video_tokens import VideoTokens
 from ..models.vision_importance import received_attention
 from .checkpoint import served_settings
+from .kept_positions import NUM_CHANNELS, as_channels, from_channels, prompt_positions, timed_offsets
 from .processing import HoliTomMultiModalProcessorMixin, HoliTomProcessingInfoMixin
 from .settings import RATIO
 
@@ -152,8 +153,19 @@ class HoliTomQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     the uncompressed video, as with `position_ids="kept"`.
     """
 
+    # Runners leave positions alone; this class adds what a video's tokens need.
+    supports_multimodal_pruning = False
+    # The scheduler counts compressed tokens: one uncompressed video at a time goes through the tower.
+    requires_sequential_video_encoding = True
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        # Their addresses stay, as graphs of the decoder need it.
+        self.offsets, self.shifted = (torch.zeros(3, num_tokens + 1, dtype=torch.long) for _ in range(2))
+        self.has_offsets = False
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("positions of kept tokens are known to the first stage of a pipeline alone")
         self.settings = served_settings(vllm_config.model_config, keeps_positions=True)
         if self.settings.needs_importance and self.use_data_parallel:
             raise ValueError(
@@ -212,3 +224,54 @@ class HoliTomQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 )
             )
         return tuple(embeddings)
+
+    def _postprocess_image_embeds_evs(self, image_embeds_split, image_input) -> tuple[torch.Tensor, ...]:
+        """Overrides Qwen3VLForConditionalGeneration._postprocess_image_embeds_evs: positions are known."""
+        return tuple(torch.nn.functional.pad(tokens, (0, NUM_CHANNELS)) for tokens in image_embeds_split)
+
+    def _get_expanded_positions(
+        self, device, seq_len, video_grid_thw, is_video_embed, is_vision_start, retention_mask, **kwargs
+    ) -> torch.Tensor:
+        """Overrides Qwen3VLForConditionalGeneration._get_expanded_positions: as channels that bfloat16 can hold."""
+        grid = tuple(side // self.visual.spatial_merge_size for side in video_grid_thw[1:])
+        # A frame ends with the token behind its last one, or behind its start where none is left.
+        place = retention_mask.nonzero()[:, 0]
+        starts = is_vision_start.nonzero()[:, 0]
+        kept = torch.bincount(place // (grid[0] * grid[1]), minlength=video_grid_thw[0])
+        is_end = torch.zeros_like(is_vision_start).index_fill_(0, starts + kept + 1, True)
+        return as_channels(timed_offsets(is_video_embed, is_end, place, grid))
+
+    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
+        """Overrides Qwen3VLForConditionalGeneration.get_mrope_input_positions: a video's tokens have its first one."""
+        merge_size, media = self.config.vision_config.spatial_merge_size, []
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            begin, length = feature.mm_position.offset, feature.mm_position.length
+            num_frames, height, width = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
+            rows, columns = height // merge_size, width // merge_size
+            if feature.modality == "image":
+                places = torch.arange(rows * columns)
+                offsets = torch.stack([0 * places, places // columns, places % columns])
+                media.append((begin, offsets, max(rows, columns)))
+                continue
+            num_text = sum(token != self.config.video_token_id for token in input_tokens[begin : begin + length])
+            offsets = torch.zeros(3, length, dtype=torch.long)
+            media.append((begin, offsets, num_text + num_frames * max(rows, columns)))
+        return prompt_positions(len(input_tokens), media)
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None) -> torch.Tensor:
+        """Overrides Qwen3VLForConditionalGeneration.embed_input_ids: keeps what `forward` adds to positions."""
+        if self.has_offsets:
+            self.offsets.zero_()
+        self.has_offsets = bool(multimodal_embeddings)
+        if multimodal_embeddings:
+            channels = torch.cat([tokens[:, -NUM_CHANNELS:] for tokens in multimodal_embeddings])
+            places = is_multimodal.nonzero()[:, 0].to(self.offsets.device)
+            self.offsets[:, places] = from_channels(channels).T
+            multimodal_embeddings = [tokens[:, :-NUM_CHANNELS] for tokens in multimodal_embeddings]
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
+        """Overrides Qwen3VLForConditionalGeneration.forward: a video's tokens stand where they stood uncompressed."""
+        num_tokens = positions.shape[-1]
+        shifted = torch.add(positions, self.offsets[:, :num_tokens], out=self.shifted[:, :num_tokens])
+        return super().forward(input_ids, shifted, intermediate_tensors, inputs_embeds, **kwargs)
