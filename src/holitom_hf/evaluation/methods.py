@@ -64,7 +64,11 @@ def _skipping(name: str) -> Callable[[HoliTomConfig, float], HoliTomConfig]:
     return settings
 
 
-SKIPPING = {"skip_ffn": "FFN skipped", "skip_attention": "attention skipped", "freeze": "ShortV"}
+SKIPPING = {
+    "skip_ffn": "HoliTom, FFN skipped",
+    "skip_attention": "HoliTom, attention skipped",
+    "freeze": "HoliTom, both skipped (ShortV)",
+}
 
 
 def _rows() -> dict[str, Row]:
