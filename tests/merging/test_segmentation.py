@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holitom_hf.merging import segment_frames
 from holitom_hf.merging.segmentation import (
     choose_segments,
     count_static_tokens,
     frame_similarity,
-    segment_frames,
     similarity_runs,
 )
 

@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 from holitom_hf.checkpoints.flattening import flat_package
-from holitom_hf.merging import patches
+from holitom_hf.merging import patches, segment_frames
 from holitom_hf.merging.patches import PatchPlan
-from holitom_hf.merging.segmentation import segment_frames
 from holitom_hf.models.qwen_vl.operations import encoder_operations
 from holitom_hf.models.qwen_vl.packed_blocks import AttentionGroups
 from holitom_hf.models.qwen_vl.vision import QwenVideoFeatures

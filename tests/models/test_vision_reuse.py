@@ -11,9 +11,8 @@ from transformers import AttentionInterface, SiglipVisionConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from holitom_hf import HoliTomConfig, HoliTomLlavaOnevisionConfig, HoliTomLlavaOnevisionModel
-from holitom_hf.merging import patches
+from holitom_hf.merging import patches, segment_frames
 from holitom_hf.merging.patches import PatchPlan, plan_patches
-from holitom_hf.merging.segmentation import segment_frames
 from holitom_hf.models.siglip import HoliTomSiglipVisionModel
 from holitom_hf.models.vision import HoliTomVideoFeatures
 from holitom_hf.models.vision_importance import vision_importance

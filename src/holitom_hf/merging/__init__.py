@@ -5,10 +5,10 @@ The method, in pure tensors: no model, no transformers, nothing of ours outside 
     merged = merge_video_tokens(features, importance, MergingSettings(retention_ratio=0.1))
 """
 
+from .frame_segments import segment_frames
 from .hidden_states import merge_hidden_states
 from .merged_video import MergedVideo, TokenKind
 from .registry import METHODS, Method
-from .segmentation import segment_frames
 from .settings import MergingSettings
 from .tensors import merge_video_tokens
 from .video_tokens import VideoTokens

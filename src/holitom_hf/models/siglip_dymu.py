@@ -9,9 +9,10 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..merging.bipartite import first_places, merges_by_layer
 from ..merging.dynamic_matching import best_partners, threshold_of
+from ..merging.first_layer import check_first_layer
 from ..merging.host_numbers import on_device
 from ..merging.settings import MergingSettings
-from ..merging.vision_methods import VisionPlan, check_first_layer
+from ..merging.vision_methods import VisionPlan
 from .siglip import HoliTomSiglipVisionModel, PackedStates
 from .siglip_keys import attend_with_keys
 

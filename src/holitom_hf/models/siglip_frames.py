@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from ..merging.first_layer import check_first_layer
 from ..merging.frame_merging import group_frames
 from ..merging.host_numbers import on_device
 from ..merging.settings import MergingSettings
-from ..merging.vision_methods import VisionPlan, check_first_layer
+from ..merging.vision_methods import VisionPlan
 from .siglip import HoliTomSiglipVisionModel, PackedStates
 
 

@@ -7,8 +7,9 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..merging.bipartite import first_places, match_patches, merge_patches, merges_by_layer
+from ..merging.first_layer import check_first_layer
 from ..merging.settings import MergingSettings
-from ..merging.vision_methods import VisionPlan, check_first_layer
+from ..merging.vision_methods import VisionPlan
 from .siglip import HoliTomSiglipVisionModel, PackedStates
 from .siglip_keys import attend_with_keys
 
