@@ -6,6 +6,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, Qwen2Config, Qwe
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextConfig, Qwen3VLTextModel
 
+from holitom_hf.merging.inner import INNER_METHODS
 from holitom_hf.models.decoder import HoliTomDecoderMixin
 from holitom_hf.sequence.inner_stage import InnerStage
 
@@ -160,18 +161,20 @@ def test_rows_of_a_batch_choose_for_themselves(name):
 
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_of_several_queries_the_largest_attention_of_any_head_counts(name):
+def test_of_a_question_the_largest_attention_of_any_token_and_head_counts(name):
     embeds, positions, deep = draw(name, batch=2)
     decoder, eager = make(name), make(name, "eager")
     stage, weights = stage_for(2, 0.5, False, LENGTH - 1, batch=2), {}
-    stage.query = torch.tensor([[16, 17, 18], [18, 18, 19]])
+    lasts, stage.asked = [18, 16], INNER_METHODS["prune_by_question"]
+    stage.query = torch.tensor(lasts)
     outputs = decoder(
         inputs_embeds=embeds, position_ids=positions, inner_stage=stage, **visual_arguments(deep, batch=2)
     )
     handle = eager.layers[1].self_attn.register_forward_hook(lambda _, __, out: weights.update(asked=out[1]))
     eager(inputs_embeds=embeds, position_ids=positions, **visual_arguments(deep, batch=2))
     handle.remove()
-    for row, queries in enumerate(stage.query.tolist()):
+    for row, last in enumerate(lasts):
+        queries = range(VIDEO[-1] + 1, last + 1)
         received = {i: max(float(head[q][i]) for head in weights["asked"][row] for q in queries) for i in VIDEO}
         best = sorted(sorted(VIDEO, key=lambda i: -received[i])[:6])
         assert [i for i in outputs.survivors.row(row).tolist() if i in VIDEO] == best

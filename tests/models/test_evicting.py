@@ -260,6 +260,9 @@ class TestConversations:
                 "holitom_config": {"outer_method": "none", "inner_method": "none"}
             },
             "set proportional_attention=False": {"holitom_config": {"proportional_attention": True}},
+            "set virtual_unmerging=False": {
+                "holitom_config": {"virtual_unmerging": True, "inner_method": "none", "position_ids": "kept"}
+            },
         }
         for message, ways in cases.items():
             with pytest.raises(ValueError, match=message), evicting(model, RATIO):

@@ -16,7 +16,7 @@ import torch
 from ..configuration import HoliTomConfig
 from ..merging.budget import newline_budget, token_budget
 from ..merging.flops import prefill_flops, tokens_by_layer
-from ..merging.inner import BY_QUESTION, num_inner_kept
+from ..merging.inner import INNER_METHODS, num_inner_kept
 from ..merging.merged_video import MergedVideo, TokenKind
 from ..merging.products import segmentation_flops
 from ..merging.registry import METHODS
@@ -219,7 +219,7 @@ def forward_flops(
     inner = 0.0
     if inner_layer is not None:
         videos = [(num_kept, num_video - num_kept)]
-        num_queries = num_text if settings.inner_method == BY_QUESTION else 1  # as if all text stood behind the video
+        num_queries = num_text if INNER_METHODS[settings.inner_method] else 1  # as if all text stood behind the video
         is_folding = settings.inner_method == "merge"
         inner = inner_merging_flops(text, num_video + num_text, videos, is_folding, num_queries)
     return ForwardFlops(

@@ -16,7 +16,7 @@ from ..answering.prompts import ExpandedVideo
 from ..answering.savings import Savings
 from ..configuration import HoliTomConfig
 from ..merging.flops import tokens_by_layer
-from ..merging.inner import BY_QUESTION
+from ..merging.inner import INNER_METHODS
 from ..merging.outer import merge_videos
 from ..models.operations import (
     decoder_flops,
@@ -133,7 +133,7 @@ def decoding_operations(text_config, savings: Savings, settings: HoliTomConfig, 
     total = decoder_flops(text_config, num_tokens, settings, outer) + output_layer_flops(text_config)
     if layer is not None:
         is_folding = settings.inner_method == "merge"
-        num_queries = num_text if settings.inner_method == BY_QUESTION else 1  # as if all text stood behind the video
+        num_queries = num_text if INNER_METHODS[settings.inner_method] else 1  # as if all text stood behind the video
         videos = [(inner, outer - inner)]
         total += inner_merging_flops(text_config, outer + num_text, videos, is_folding, num_queries)
     return total

@@ -3,11 +3,16 @@
 import torch
 import torch.nn.functional as F
 
+from .package import of_package
 
-# Drops what the question's tokens do not attend to (PruneVid, its second stage), not the last token alone.
-BY_QUESTION = "prune_by_question"
-# What becomes of the tokens that stage 3 removes: folded into the kept ones (HoliTom), or dropped (FastV).
-INNER_METHODS = ("merge", "prune", BY_QUESTION)
+
+# What becomes of the tokens that stage 3 removes, folded into the kept ones (HoliTom) or dropped (FastV; PruneVid's
+# second stage), by what finds the attention that counts: `None`: that of the prompt's last token.
+INNER_METHODS = {
+    "merge": None,
+    "prune": None,
+    "prune_by_question": of_package("models.question_attention", "question_attention"),
+}
 # In their place: what visual tokens leave out in some layers.
 SKIP_FFN, SKIP_ATTENTION, FREEZE = SKIP_METHODS = ("skip_ffn", "skip_attention", "freeze")
 # Rows of the similarity matrix that exist at once.

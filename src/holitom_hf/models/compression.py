@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration import HoliTomConfig
-from ..merging.inner import BY_QUESTION
+from ..merging.inner import INNER_METHODS
 from ..merging.merged_video import MergedVideo
 from ..merging.outer import merge_videos
 from ..merging.package import of_package
@@ -402,9 +402,7 @@ class CompressingModelMixin:
                 stage.merge_ratio, stage.fold = settings.inner_merge_ratio, settings.inner_method == "merge"
                 stage.num_real, stage.padding_side = packed.num_kept, packed.padding_side
                 stage.query = packed.last_kept.gather(1, last_real(is_real, num_prompt))[:, 0]
-                if settings.inner_method == BY_QUESTION:
-                    positions_of = of_package("sequence.question_positions", "question_positions")
-                    stage.query = positions_of(prompt.video_mask, stage.query)
+                stage.asked = INNER_METHODS[settings.inner_method]
             decoder_kwargs = decoder_kwargs | {"inner_stage": stage}
         outputs = self.language_model(
             inputs_embeds=prompt.embeds,

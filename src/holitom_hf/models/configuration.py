@@ -10,8 +10,8 @@ from ..configuration import HoliTomConfig
 
 class HoliTomConfigMixin:
     """
-    For the configuration of a backbone, before upstream's class: `holitom_config` is a [`HoliTomConfig`], saved with
-    the rest, and the code that a checkpoint runs is saved beside it. A dictionary that is assigned to it overlays it.
+    For the configuration of a backbone, before upstream's class. `holitom_config` in it is a [`HoliTomConfig`], saved
+    with the rest, and the code that a checkpoint runs is saved beside it. A dictionary assigned to it overlays it.
     `model_type` stays upstream's, so that the saved file also loads as upstream's.
 
     The class declares the field, `holitom_config: HoliTomConfig | dict | str | None = None`.

@@ -53,8 +53,8 @@ class _KeyRecorder:
 
 class HoliTomDecoderMixin:
     """
-    Stage 3 (section 3.3) for any decoder of Llama's and Qwen's shape: before upstream's class, which has `layers`,
-    `norm` and `rotary_emb`.
+    Stage 3 (section 3.3) for any decoder of Llama's and Qwen's shape. It stands before upstream's class, which has
+    `layers`, `norm` and `rotary_emb`.
 
     What differs between decoders are these hooks: [`attention_layers`], [`layer_masks`], [`query_of`], [`keys_of`],
     [`rotated`] and [`after_layer`].
@@ -227,8 +227,8 @@ class HoliTomDecoderMixin:
             )
             if is_asked:
                 keys = layer_cache.keys if layer_cache is not None else None
-                importance = self.received_attention(
-                    decoder_layer, layer_input, position_embeddings, keys, attention_mask, inner_stage
+                importance = (inner_stage.asked or type(self).received_attention)(
+                    self, decoder_layer, layer_input, position_embeddings, keys, attention_mask, inner_stage
                 )
             hidden_states = self.after_layer(layer_idx, hidden_states, visual_pos_masks, deepstack_visual_embeds)
 
@@ -276,10 +276,9 @@ class HoliTomDecoderMixin:
         stage: InnerStage,
     ) -> torch.Tensor:
         """
-        The attention that the prompt's last token pays to the positions of this call, averaged over heads, or the
-        largest that any head of several tokens pays.
+        The attention that the prompt's last token pays to the positions of this call, averaged over heads.
 
-        One query row for each of them: no attention matrix, whatever `attn_implementation` the layer runs with.
+        One query row per sample: no attention matrix, whatever `attn_implementation` the layer runs with.
 
         Args:
             layer: The decoder layer.
@@ -296,35 +295,30 @@ class HoliTomDecoderMixin:
         batch_size, num_new, _ = hidden_states.shape
         normed = layer.input_layernorm(hidden_states)
         # Where this layer lies: with a device_map that need not be where the prompt came in.
-        query = stage.query.view(batch_size, -1).to(normed.device)  # (B, Q)
+        query = stage.query[:, None].to(normed.device)  # (B, 1)
         cos, sin = (values.to(normed.device).expand(batch_size, -1, -1) for values in position_embeddings)
 
-        queries = self.query_of(attention, take_rows(normed, query))  # (B, H, Q, d)
+        queries = self.query_of(attention, take_rows(normed, query))  # (B, H, 1, d)
         queries = self.rotated(queries, take_rows(cos, query), take_rows(sin, query))
         if keys is None:
             keys = self.rotated(self.keys_of(attention, normed), cos, sin)
 
         num_kv_heads, num_keys = keys.shape[1:3]
-        queries = queries.reshape(batch_size, num_kv_heads, -1, attention.head_dim)  # (B, H_kv, G*Q, d)
-        scores = (queries @ keys.mT).float() * attention.scaling
-        scores = scores.unflatten(2, (-1, query.shape[1]))  # (B, H_kv, G, Q, S)
+        queries = queries.view(batch_size, num_kv_heads, -1, attention.head_dim)  # (B, H_kv, G, d)
+        scores = (queries @ keys.mT).float() * attention.scaling  # (B, H_kv, G, S)
         if stage.sizes is not None:
-            scores = scores + score_bias(stage.sizes.to(scores.device), num_keys)[:, None, None, None]
+            scores = scores + score_bias(stage.sizes.to(scores.device), num_keys)[:, None, None]
         # The token sees what is not after it; in a static cache there are unused places, too.
-        is_seen = torch.arange(num_keys, device=keys.device) <= (query + stage.num_past)[..., None]  # (B, Q, S)
+        is_seen = torch.arange(num_keys, device=keys.device) <= query + stage.num_past  # (B, S)
         if attention_mask is not None:
-            is_real = F.pad(attention_mask.to(is_seen.device), (0, num_keys - attention_mask.shape[1]))
-            is_seen = is_seen & is_real[:, None]
-        probabilities = scores.masked_fill(~is_seen[:, None, None], -torch.inf).softmax(-1)
-        is_one = stage.query.ndim == 1
-        importance = probabilities.mean((1, 2, 3)) if is_one else probabilities.amax((1, 2, 3))
-        importance = importance[:, stage.num_past : stage.num_past + num_new]
+            is_seen = is_seen & F.pad(attention_mask.to(is_seen.device), (0, num_keys - attention_mask.shape[1]))
+        probabilities = scores.masked_fill(~is_seen[:, None, None, :], -torch.inf).softmax(-1)
+        importance = probabilities.mean((1, 2))[:, stage.num_past : stage.num_past + num_new]
         if isinstance(attention.q_proj.weight, DTensor):
             # Tensor parallel: this process saw its own heads only, and all must choose alike.
             group = attention.q_proj.weight.device_mesh.get_group()
-            operation = dist.ReduceOp.SUM if is_one else dist.ReduceOp.MAX
-            dist.all_reduce(importance := importance.contiguous(), operation, group=group)
-            importance = importance / (dist.get_world_size(group) if is_one else 1)
+            dist.all_reduce(importance := importance.contiguous(), group=group)
+            importance = importance / dist.get_world_size(group)
         return importance
 
 

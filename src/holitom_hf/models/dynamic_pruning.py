@@ -92,7 +92,7 @@ def dynamic_pruning(
             reason = "nothing in it was compressed" if cache is not None else "there is none (use_cache=False)"
             raise ValueError(f"no visual entries to hide in the cache: {reason}")
         if getattr(output, "merged_videos", None) is not None:
-            check_can_evict(decoder, cache, record)
+            check_can_evict(base, kwargs, cache, record)
             if record.inner_layer is not None and layer <= record.inner_layer:
                 raise ValueError(f"layer is {layer}, which must be behind stage 3's, {record.inner_layer}")
             entries = visual_entries(base, kwargs, output, record, num_new["outer"])

@@ -50,8 +50,8 @@ def evicting(model: nn.Module, ratio: float = 0.5, kernel_size: int = 3) -> Iter
 
     Raises:
         ValueError: If the arguments are not allowed. In the forward pass: if nothing was compressed, attention is
-            proportional to sizes, decoding has no cache, or one that is not a plain `DynamicCache`, or heads lie on
-            several processes.
+            proportional to sizes, tokens stand at several places (`virtual_unmerging`), decoding has no cache, or one
+            that is not a plain `DynamicCache`, or heads lie on several processes.
 
     Source: Sparse-dLLM, arXiv 2508.02558, `CustomCache.filter_cache` of OpenMOSS/Sparse-dLLM.
     """
@@ -74,7 +74,7 @@ def evicting(model: nn.Module, ratio: float = 0.5, kernel_size: int = 3) -> Iter
             reason = "nothing in it was compressed" if cache is not None else "there is none (use_cache=False)"
             raise ValueError(f"no visual entries to drop from the cache: {reason}")
         if getattr(output, "merged_videos", None) is not None:
-            check_can_evict(decoder, cache, record)
+            check_can_evict(base, kwargs, cache, record)
             cache.visual_entries = visual_entries(base, kwargs, output, record, num_new[min(num_new)])
         elif scores:
             evict(cache, record, kwargs.get("attention_mask"), scores, ratio, kernel_size)
@@ -92,8 +92,13 @@ def evicting(model: nn.Module, ratio: float = 0.5, kernel_size: int = 3) -> Iter
             handle.remove()
 
 
-def check_can_evict(decoder: nn.Module, cache: Cache, record: CompressedSequence) -> None:
-    """Raises a `ValueError` if it is not known how to drop entries of a cache."""
+def check_can_evict(base: nn.Module, kwargs: dict[str, Any], cache: Cache, record: CompressedSequence) -> None:
+    """Raises a `ValueError` if it is not known how to drop entries of the cache that a forward pass left."""
+    decoder = base.language_model
+    if base.settings_for(kwargs.get("holitom_config")).virtual_unmerging:
+        raise ValueError(
+            "entries of tokens that stand at several places are not told apart: set virtual_unmerging=False"
+        )
     layers = [cache.layers[layer_idx] for layer_idx in decoder.attention_layers()]
     if getattr(cache, "offloading", False) or any(type(layer) is not DynamicLayer for layer in layers):
         raise ValueError("entries can be dropped from a DynamicCache alone, not a static, quantized or offloaded one")

@@ -15,7 +15,7 @@ from ..configuration import HoliTomConfig
 class VideoTextToTextPipeline(AnyToAnyPipeline):
     """
     `AnyToAnyPipeline` for videos: chats whose messages hold `{"type": "video", "path" | "url" | "video": ...}`, or
-    `text=` with `videos=`; videos of a batch may differ in their number of frames.
+    `text=` with `videos=`. Videos of a batch may differ in their number of frames.
 
     ```python
     from transformers import pipeline

@@ -26,8 +26,8 @@ class InnerStage:
         fold: Whether removed tokens are folded into the kept ones.
         num_real: Number of real tokens of every row.
         padding_side: Where rows are padded.
-        query: (B,) int64, the position whose attention is asked: the prompt's last real token; or (B, Q), several, of
-            which the largest attention counts.
+        query: (B,) int64, the position whose attention is asked: the prompt's last real token.
+        asked: What looks for the attention that counts, in place of the decoder's `received_attention`.
         num_past: Number of positions that the first layers already hold.
         has_gaps: Whether the position ids of this call are for the rotation alone: they have gaps, and an attention
             function that sees them would take one row for several packed ones.
@@ -56,6 +56,7 @@ class InnerStage:
     counts_removed: bool = False
     skips: Any = None
     unmerging: Any = None
+    asked: Any = None
 
 
 # As an argument of a decoder that is exported on its own.

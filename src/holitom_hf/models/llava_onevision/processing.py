@@ -11,7 +11,7 @@ from .backbone import BACKBONE
 
 class HoliTomVideoProcessor(HoliTomVideoProcessorMixin, LlavaOnevisionVideoProcessor):
     """
-    `LlavaOnevisionVideoProcessor` that decodes with PyAV, samples as LLaVA-OneVision's authors do, and takes videos
+    `LlavaOnevisionVideoProcessor` that decodes with PyAV and samples as LLaVA-OneVision's authors do. It takes videos
     of different numbers of frames in one call: then `pixel_values_videos` is a list.
 
     Files are sampled: `num_frames` uniformly from the first frame to the last, or `fps` of them per second. Arrays,
