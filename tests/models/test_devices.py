@@ -52,6 +52,7 @@ def test_layers_on_different_places_with_offloading(subject, checkpoint, inputs,
     pixels = subject.video(1, seed=1).expand(1, 5, -1, -1, -1)
     for method in VISION_METHODS:
         settings = {"vision_method": method, "vision_reuse_layer": 1, "vision_reuse_threshold": 0.5}
+        settings["vision_merge_thresholds"] = [-1.0]
         found, whole = (one.get_video_features(pixels, holitom_config=settings) for one in (loaded, model))
         assert not whole.computed_patches[0].all()
         torch.testing.assert_close(found.pooler_output, whole.pooler_output)

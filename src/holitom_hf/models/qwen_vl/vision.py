@@ -152,7 +152,7 @@ class QwenVisionMixin:
                     **kwargs,
                 )
             )
-            importance, keys, computed, rows = (
+            importance, keys, computed, rows, _ = (
                 [getattr(video, name) for video in videos] for name in HoliTomVideoFeatures.per_video
             )
             if not settings.needs_importance:
