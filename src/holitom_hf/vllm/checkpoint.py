@@ -61,7 +61,7 @@ class HoliTomModelConfig(VerifyAndUpdateConfig):
 
 
 class PruningModelConfig(HoliTomModelConfig):
-    """[`HoliTomModelConfig`] of a model whose kept positions travel through vLLM's pruning."""
+    """[`HoliTomModelConfig`] of a model whose encoder hands on kept positions where vLLM prunes."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:

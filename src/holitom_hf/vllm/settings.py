@@ -72,8 +72,8 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
 
     Args:
         settings: As a checkpoint has them.
-        keeps_positions: Whether tokens of this model stand where the engine's pruning leaves them, which is where they
-            stood uncompressed; else they are numbered as they come.
+        keeps_positions: Whether tokens of this model stand where they stood uncompressed; else they are numbered as
+            they come.
 
     Returns:
         Those in force, and what they leave out, in words.
