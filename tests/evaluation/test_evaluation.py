@@ -58,7 +58,9 @@ def runs(answerer):
 
 @pytest.fixture(scope="module")
 def results(answerer, folder, asked, runs, tmp_path_factory):
-    return evaluate(answerer, folder / "questions", asked, runs, tmp_path_factory.mktemp("out"), max_new_tokens=3)
+    # By the attention that torch can count: another rounds otherwise, and tokens nearly alike merge in another order.
+    with sdpa_kernel(SDPBackend.MATH):
+        return evaluate(answerer, folder / "questions", asked, runs, tmp_path_factory.mktemp("out"), max_new_tokens=3)
 
 
 def test_every_question_is_answered_once_with_every_method(results, asked, runs):
@@ -70,8 +72,9 @@ def test_answers_are_those_of_one_question_at_a_time(answerer, folder, results, 
     for run in runs[:3]:
         for question in asked[:4]:
             inputs = answerer.prepare(str(folder / "questions" / question.video), question.text)
-            answerer.encode(inputs)
-            answer = answerer.generate(inputs, max_new_tokens=3, settings=run.settings)
+            with sdpa_kernel(SDPBackend.MATH):
+                answerer.encode(inputs)
+                answer = answerer.generate(inputs, max_new_tokens=3, settings=run.settings)
             [result] = [r for r in results if (r.run, r.id) == (run.name, question.id)]
             assert result.answer == answer.text
             assert (result.tokens_outer, result.tokens_inner) == (
