@@ -1,5 +1,7 @@
 """Work that visual tokens leave out in some layers, against upstream's layers with it taken away afterwards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,6 +12,7 @@ from holitom_hf.configuration import HoliTomConfig
 from holitom_hf.evaluation.operations import GROUPED_PRODUCTS
 from holitom_hf.merging.inner import SKIP_METHODS
 from holitom_hf.models.operations import decoder_flops
+from holitom_hf.models.pressing import pressing
 from holitom_hf.models.upstream import cache_of
 
 from ..conftest import make_prompt, make_video, pad_batch
@@ -255,6 +258,17 @@ def test_the_decoder_has_the_operations_that_torch_counts(model, name, method):
     layers = [len(ids)] * text.num_hidden_layers
     saved = decoder_flops(text, layers) - decoder_flops(text, layers, settings, num_visual)
     assert saved == counted(without) - counted(settings) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["skip_attention", "freeze"])
+def test_a_press_of_layers_that_visual_tokens_skip_is_refused(model, prompts, videos, method):
+    row = {"input_ids": prompts[0].view(1, -1), "pixel_values_videos": videos[0][None]}
+    press = SimpleNamespace(post_init_from_model=lambda model: None, forward_hook=lambda *args: args[-1])
+    with pressing(model, press):
+        model(**row, holitom_config=skipping("skip_ffn"))
+        with pytest.raises(ValueError, match="layer 1 can't be pressed"):
+            model(**row, holitom_config=skipping(method))
 
 
 def test_what_can_not_be_is_refused(model, batch):

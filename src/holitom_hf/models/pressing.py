@@ -27,8 +27,8 @@ def pressing(model: nn.Module, press: Any) -> Iterator[None]:
             layer's own N tokens, which are fewer from `inner_merge_layer` on.
 
     Raises:
-        ValueError: In the forward pass: if rows are padded, tokens have sizes, nothing was compressed, or the layers
-            before stage 3, or those from it on, are left with unlike lengths.
+        ValueError: In the forward pass: if rows are padded, tokens have sizes, nothing was compressed, visual tokens
+            skip a layer's attention, or the layers before stage 3, or those from it on, are left with unlike lengths.
 
     Source: kvpress, github.com/NVIDIA/kvpress.
     """
@@ -36,6 +36,11 @@ def pressing(model: nn.Module, press: Any) -> Iterator[None]:
 
     def press_layer(attention, args, kwargs, output):
         cache, hidden_states = kwargs[CACHE_NAME], kwargs["hidden_states"]
+        if not hasattr(cache, "layers"):  # queries of text alone go through this layer, on keys of everyone
+            raise ValueError(
+                f"layer {attention.layer_idx} can't be pressed, since visual tokens skip its attention: leave it out "
+                "of skipped_layers"
+            )
         num_cached = cache.layers[attention.layer_idx].get_seq_length()
         positions = torch.arange(num_cached - hidden_states.shape[1], num_cached, device=hidden_states.device)
         return press.forward_hook(
