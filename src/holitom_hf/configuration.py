@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 from transformers.utils import PushToHubMixin, logging
 from transformers.utils.hub import cached_file
 
+from .merging.package import of_package
 from .merging.settings import MergingSettings
-from .presets import preset_files
 
 
 HOLITOM_CONFIG_NAME = "holitom_config.json"
+preset_files = of_package("presets", "preset_files")
 
 
 def check_string(owner: str, name: str, value: Any) -> None:
@@ -143,8 +144,11 @@ class HoliTomConfig(MergingSettings, PushToHubMixin):
 
     @staticmethod
     def presets() -> dict[str, Path]:
-        """Names of the settings that come with the installed package, and their files."""
-        return preset_files()
+        """Names of the settings that come with the installed package, and their files; none where it is not."""
+        try:
+            return preset_files()
+        except ImportError:
+            return {}
 
 
 __all__ = ["HoliTomConfig"]

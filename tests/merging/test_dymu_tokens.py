@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from holitom_hf.merging import MergingSettings, VideoTokens, merge_video_tokens
-from holitom_hf.merging.outer import merge_tokens
+from holitom_hf.merging.tensors import merge_tokens
 
 
 def draw(num_frames=6, tokens=25, seed=0):

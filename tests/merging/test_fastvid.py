@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from holitom_hf.merging import MergingSettings, merge_video_tokens
+from holitom_hf.merging.host_numbers import in_lockstep
 from holitom_hf.merging.transitions import transition_segments
 
 from .drawn import draw_video
@@ -120,6 +121,10 @@ def test_a_cut_is_where_the_picture_changes():
     random = torch.Generator().manual_seed(0)
     scenes = torch.randn(3, 6, 16, generator=random)
     features = scenes[[0, 0, 0, 1, 1, 2, 2, 2]] + 0.01 * torch.randn(8, 6, 16, generator=random)
-    assert transition_segments(features, 0.9, 1) == [(0, 3), (3, 5), (5, 8)]
-    assert transition_segments(features, 0.9, 8) == [(f, f + 1) for f in range(8)]
-    assert transition_segments(features[:1], 0.9, 8) == [(0, 1)]
+
+    def cut(features, min_segments):
+        return in_lockstep([transition_segments(features, 0.9, min_segments)])[0]
+
+    assert cut(features, 1) == [(0, 3), (3, 5), (5, 8)]
+    assert cut(features, 8) == [(f, f + 1) for f in range(8)]
+    assert cut(features[:1], 8) == [(0, 1)]

@@ -7,7 +7,7 @@ import torch
 
 from holitom_hf.merging import METHODS, MergingSettings, TokenKind, VideoTokens, merge_video_tokens
 from holitom_hf.merging.merged_video import TokenGroup, in_order
-from holitom_hf.merging.outer import merge_tokens
+from holitom_hf.merging.tensors import merge_tokens
 
 
 FRAMES, DIM = 10, 24

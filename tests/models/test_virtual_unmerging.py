@@ -5,7 +5,7 @@ import torch
 
 from holitom_hf import HoliTomConfig
 from holitom_hf.merging import MergingSettings
-from holitom_hf.merging.outer import merge_tokens
+from holitom_hf.merging.tensors import merge_tokens
 from holitom_hf.models.upstream import CACHE_NAME, cache_of
 from holitom_hf.models.virtual_unmerging import Unmerging, mean_over_places
 from holitom_hf.sequence.inner_stage import InnerStage

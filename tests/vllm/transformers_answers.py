@@ -100,6 +100,22 @@ def encoded_with_reuse(model) -> list[dict]:
     return videos
 
 
+@torch.no_grad()
+def received_attention(model, qwen, qwen_processor) -> dict[str, list]:
+    """Of a drawn video what its tokens receive of either tower's attention, (F, T)."""
+    frames, question, _ = next(drawn_questions(1))
+    inputs = qwen_inputs(qwen_processor, frames, question)
+    features = {
+        "llava_onevision": (model, torch.from_numpy(drawn_pixels()[0])[None]),
+        "qwen3_vl": (qwen, inputs["pixel_values_videos"], inputs["video_grid_thw"]),
+    }
+    found = {}
+    for name, (each, *pixels) in features.items():
+        output = each.model.get_video_features(*pixels, holitom_config=HoliTomConfig())
+        found[name] = each.model.video_tokens(output)[0].importance.tolist()
+    return found
+
+
 def write_batch(folder: Path, number: int = 40) -> None:
     """Inputs of `holitom-hf batch`, some of which can't be answered, and the records of transformers."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -147,6 +163,7 @@ def main() -> None:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)
     answers["reuse"] = encoded_with_reuse(model)
+    answers["importance"] = received_attention(model, qwen, qwen_processor)
     write_batch(args.file.with_suffix(".batch"))
     write_checkpoints(args.file.with_suffix(".checkpoints"), model, processor)
     args.file.write_text(json.dumps(answers))

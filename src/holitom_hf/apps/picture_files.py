@@ -18,9 +18,9 @@ from ..answering.answerer import Answerer
 from ..answering.prompts import PIXELS, encode_videos
 from ..configuration import HoliTomConfig
 from ..merging.merged_video import MergedVideo
-from ..merging.outer import merge_tokens
 from ..merging.registry import METHODS
 from ..merging.segmentation import frame_similarity
+from ..merging.tensors import merge_tokens
 from ..merging.video_tokens import VideoTokens
 from ..video.encoding import write_video
 from .visualization import (

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from .host_numbers import Steps
 from .merged_video import MergedVideo, TokenKind
-from .registry import METHODS
+from .outer import merge_steps
 from .settings import MergingSettings
 from .video_tokens import VideoTokens
 
@@ -42,9 +43,10 @@ def newline_budget(budget: int, num_frames: int, rows_per_frame: int) -> int:
     return min(budget, num_frames * rows_per_frame)
 
 
-def merge_exactly(video: VideoTokens, config: MergingSettings) -> MergedVideo:
+def merge_exactly(video: VideoTokens, config: MergingSettings) -> Steps:
     """What the settings' method leaves of a video, [`with_exact_budget`]."""
-    merged = METHODS[config.outer_method].merge(replace(video, newline=None), config)
+    free = config.overlaid({"exact_budget": False, "newline_position": "end", "proportional_attention": False})
+    merged = yield from merge_steps(video, free)
     return with_exact_budget(merged, video, config)
 
 

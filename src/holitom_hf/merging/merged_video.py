@@ -14,14 +14,18 @@ merged_table = of_package("merging.merged_table", "merged_table")
 
 
 class TokenKind(IntEnum):
-    """What an output token is."""
+    """
+    What an output token is.
+
+    Attributes:
+        STATIC: Repeats over its segment; averaged over the frames, then clustered.
+        DYNAMIC: Selected by attention, or the centre of a cluster of such tokens.
+        NEWLINE: The model's newline embedding, after a row of the grid.
+    """
 
     STATIC = 0
-    """Repeats over its segment; averaged over the frames, then clustered."""
     DYNAMIC = 1
-    """Selected by attention, or the centre of a cluster of such tokens."""
     NEWLINE = 2
-    """The model's newline embedding, after a row of the grid."""
 
 
 @dataclass

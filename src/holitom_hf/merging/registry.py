@@ -16,6 +16,7 @@ from .package import of_package
 
 
 if TYPE_CHECKING:
+    from .host_numbers import Steps
     from .merged_video import MergedVideo
     from .settings import MergingSettings
     from .video_tokens import VideoTokens
@@ -28,6 +29,7 @@ class Method:
 
     Attributes:
         merge: Takes a [`VideoTokens`], checked, and the settings. Its `newline` is `None` where no rows end with one.
+            Where it needs numbers of the device on the host, it yields the tensor and gets it there.
         label: Its name in tables.
         group: `"published"`, `"ours"`, `"control"` (what a method has to beat) or `"ablation"` (of HoliTom; compared
             with it alone).
@@ -37,7 +39,7 @@ class Method:
         fields: Settings that it is meant to be used with; what compares methods sets them.
     """
 
-    merge: Callable[[VideoTokens, MergingSettings], MergedVideo]
+    merge: Callable[[VideoTokens, MergingSettings], MergedVideo | Steps]
     label: str
     group: str = "published"
     short_name: str | None = None

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from .host_numbers import Steps
 from .merged_video import MergedVideo
 from .spatial import masked_positions
 
@@ -13,7 +14,7 @@ from .spatial import masked_positions
 FRAMES_PER_CHUNK = 64
 
 
-def with_representatives(merged: MergedVideo, features: torch.Tensor) -> MergedVideo:
+def with_representatives(merged: MergedVideo, features: torch.Tensor) -> Steps:
     """
     The same video with its `representative`, so that it has `sizes`.
 
@@ -40,7 +41,7 @@ def with_representatives(merged: MergedVideo, features: torch.Tensor) -> MergedV
     home = torch.where(has_some, torch.arange(num_frames, device=device), -1).cummax(0).values
     is_near = is_near[torch.where(home < 0, has_some.int().argmax(), home)]
 
-    most = int(is_near.sum(1).max())
+    most = int((yield is_near.sum(1).max()))
     nearby = masked_positions(is_near, most)  # (F, K)
     is_near = is_near.gather(1, nearby)
     outputs = F.normalize(merged.embeddings.detach().float(), dim=-1)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .host_numbers import on_device
+from .host_numbers import Steps, on_device
 
 
 # On a CPU: frames that are multiplied with each other at once. More would mean more products that nobody needs.
@@ -136,7 +136,7 @@ def choose_segments(
     return segments[::-1], int(best[num_frames])
 
 
-def segment_starts(features: torch.Tensor, threshold: float, max_segment_frames: int | None = None) -> torch.Tensor:
+def segment_starts(features: torch.Tensor, threshold: float, max_segment_frames: int | None = None) -> Steps:
     """
     The first frame of each frame's segment, (F,) int64, of the segments that stage 1 cuts (F, T, D) features into.
 
@@ -146,7 +146,7 @@ def segment_starts(features: torch.Tensor, threshold: float, max_segment_frames:
     """
     if threshold >= 1:
         return torch.arange(len(features), device=features.device)
-    counts = count_static_tokens(similarity_runs(frame_similarity(features), threshold))
+    counts = yield count_static_tokens(similarity_runs(frame_similarity(features), threshold))
     segments, _ = choose_segments(counts, max_segment_frames)
     return on_device([start for start, stop in segments for _ in range(stop - start)], features.device)
 

@@ -2,10 +2,16 @@
 
 import torch
 
+from .host_numbers import in_lockstep
 from .merged_video import MergedVideo
-from .outer import merge_tokens
+from .outer import merge_steps
 from .settings import MergingSettings
 from .video_tokens import VideoTokens
+
+
+def merge_tokens(video: VideoTokens, config: MergingSettings) -> MergedVideo:
+    """Shortens one video before the decoder (sections 3.1 and 3.2), as the settings have it."""
+    return in_lockstep([merge_steps(video, config)])[0]
 
 
 def merge_video_tokens(

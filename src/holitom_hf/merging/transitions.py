@@ -5,15 +5,15 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from .host_numbers import on_device
+from .host_numbers import Steps, on_device
 from .merged_video import MergedVideo, TokenGroup, TokenKind, in_order
 from .video_tokens import VideoTokens
 
 
-def transition_segments(features: torch.Tensor, threshold: float, min_segments: int) -> list[tuple[int, int]]:
+def transition_segments(features: torch.Tensor, threshold: float, min_segments: int) -> Steps:
     """
     Cuts a video wherever the means of adjacent frames have a cosine similarity below `threshold`, and where they are
-    least alike until there are `min_segments`. The host waits for the similarities.
+    least alike until there are `min_segments`. The device is asked for the similarities.
 
     Args:
         features: (F, T, D).
@@ -26,7 +26,7 @@ def transition_segments(features: torch.Tensor, threshold: float, min_segments: 
     Source: DySeg of FastVID (arXiv 2503.11187), which FlashVID (arXiv 2602.08024) has, too.
     """
     unit = F.normalize(features.detach().float().mean(1), dim=-1)  # (F, D)
-    similarity = (unit[:-1] * unit[1:]).sum(-1).tolist()
+    similarity = (yield (unit[:-1] * unit[1:]).sum(-1)).tolist()
     num_cuts = max(sum(each < threshold for each in similarity), min_segments - 1)
     least_alike = sorted(range(len(similarity)), key=similarity.__getitem__)[:num_cuts]
     cuts = [0, *(frame + 1 for frame in sorted(least_alike)), len(features)]

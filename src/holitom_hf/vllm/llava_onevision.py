@@ -142,9 +142,8 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
         videos = list(inputs["pixel_values_videos"])
         ratios = iter(inputs["retention_ratio"].tolist())
         for some in self.encoded_at_once(videos):
-            for video in self.encode_videos(some):
-                settings = self.settings.overlaid({RATIO: next(ratios)})
-                tokens += merge_videos([video], settings)[1]
+            settings = [self.settings.overlaid({RATIO: next(ratios)}) for _ in some]
+            tokens += merge_videos(self.encode_videos(some), *settings)[1]
         return tokens
 
     def encoded_at_once(self, videos: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

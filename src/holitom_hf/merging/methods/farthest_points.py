@@ -3,7 +3,8 @@
 import torch
 
 from ..diversity import cosine_similarity, farthest_points
-from ..merged_video import MergedVideo, take_tokens
+from ..host_numbers import Steps
+from ..merged_video import take_tokens
 from ..segmentation import repeats_first, segment_starts
 from ..spatial import masked_positions
 from ..video_tokens import VideoTokens
@@ -13,7 +14,7 @@ from ..video_tokens import VideoTokens
 LARGEST_SHARE = 2
 
 
-def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
+def merge_farthest_points(video: VideoTokens, config) -> Steps:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one, as they are.
 
@@ -38,7 +39,7 @@ def merge_farthest_points(video: VideoTokens, config) -> MergedVideo:
     looked = (2 * torch.arange(num_looked, device=device) + 1) * num_frames // (2 * num_looked)  # (L,)
     features = video.features.detach() if num_looked == num_frames else video.features.detach()[looked]
 
-    first = segment_starts(features, config.similarity_threshold, config.max_segment_frames)  # (L,)
+    first = yield from segment_starts(features, config.similarity_threshold, config.max_segment_frames)  # (L,)
     repeats = repeats_first(features, first, config.similarity_threshold)  # (L, T)
     weight = None
     if config.importance_weight:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from ..apportionment import apportion, evenly, kept_tokens
 from ..density import density_peaks
-from ..host_numbers import on_device
-from ..merged_video import MergedVideo, take_tokens
+from ..host_numbers import Steps, on_device
+from ..merged_video import take_tokens
 from ..spatial import masked_positions, select_tokens
 from ..transitions import transition_segments, weighted_sums
 from ..video_tokens import VideoTokens
@@ -24,7 +24,7 @@ LEAST_WEIGHT = 0.6
 NUM_NEIGHBORS = 4
 
 
-def merge_fastvid(video: VideoTokens, config) -> MergedVideo:
+def merge_fastvid(video: VideoTokens, config) -> Steps:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one. With n tokens for a frame:
 
@@ -48,7 +48,7 @@ def merge_fastvid(video: VideoTokens, config) -> MergedVideo:
     """
     num_frames, tokens_per_frame, device = video.num_frames, video.tokens_per_frame, video.features.device
     num_tokens, num_kept = num_frames * tokens_per_frame, kept_tokens(video, config)
-    segments = transition_segments(video.features, TRANSITION, MIN_SEGMENTS)
+    segments = yield from transition_segments(video.features, TRANSITION, MIN_SEGMENTS)
     anchors = [f for start, stop in segments for f in range(start, stop) if (stop - 1 - f) % FRAMES_PER_ANCHOR == 0]
     num_salient = next(
         num

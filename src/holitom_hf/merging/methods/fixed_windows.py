@@ -1,6 +1,6 @@
 """HoliTom with windows of a fixed length in place of its global segmentation: an ablation."""
 
-from ..merged_video import MergedVideo
+from ..host_numbers import Steps
 from ..video_tokens import VideoTokens
 from .holitom import merge_holitom
 
@@ -8,7 +8,7 @@ from .holitom import merge_holitom
 DEFAULT_WINDOW = 4
 
 
-def merge_fixed_windows(video: VideoTokens, config) -> MergedVideo:
+def merge_fixed_windows(video: VideoTokens, config) -> Steps:
     """
     Stages 1 and 2 over windows of `max_segment_frames` frames (4 if that is `None`), whatever they show.
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from ..apportionment import apportion, evenly, kept_tokens
 from ..density import density_peaks, join_peaks
-from ..host_numbers import on_device
-from ..merged_video import MergedVideo
+from ..host_numbers import Steps, on_device
 from ..spatial import masked_positions
 from ..transitions import segment_numbers, transition_segments, weighted_sums
 from ..video_tokens import VideoTokens
@@ -23,7 +22,7 @@ REPEATS = 0.8
 MOST_NEIGHBORS = 7
 
 
-def merge_flashvid(video: VideoTokens, config) -> MergedVideo:
+def merge_flashvid(video: VideoTokens, config) -> Steps:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one.
 
@@ -52,7 +51,7 @@ def merge_flashvid(video: VideoTokens, config) -> MergedVideo:
     num_tokens, num_kept = num_frames * tokens_per_frame, kept_tokens(video, config)
     num_selected = math.ceil(num_kept * SELECTED_SHARE)
     num_clusters = num_kept - num_selected
-    segments = transition_segments(video.features, TRANSITION, MIN_SEGMENTS)
+    segments = yield from transition_segments(video.features, TRANSITION, MIN_SEGMENTS)
     tokens = video.features.detach().float()
     unit = F.normalize(tokens, dim=-1)
 

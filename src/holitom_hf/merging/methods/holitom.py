@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..host_numbers import on_device
-from ..merged_video import MergedVideo, TokenGroup, TokenKind, in_order
+from ..host_numbers import Steps, on_device
+from ..merged_video import TokenGroup, TokenKind, in_order
 from ..segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
 from ..spatial import cluster_tokens, masked_positions, mean_over_frames, select_tokens
 from ..video_tokens import VideoTokens
@@ -17,11 +17,11 @@ CLUSTERED_BYTES = {"cpu": 8 * 2**20}
 CLUSTERED_BYTES_ELSEWHERE = 256 * 2**20
 
 
-def merge_holitom(video: VideoTokens, config, segments=None, similarity=None) -> MergedVideo:
+def merge_holitom(video: VideoTokens, config, segments=None, similarity=None) -> Steps:
     """
     Stages 1 and 2 (sections 3.1 and 3.2).
 
-    The device is waited for once, for stage 1's table of counts: every size below follows from it.
+    The device is asked once, for stage 1's table of counts: every size below follows from it.
 
     Args:
         video: Its tokens, with `importance`.
@@ -35,7 +35,7 @@ def merge_holitom(video: VideoTokens, config, segments=None, similarity=None) ->
     # Stage 1.
     alike = frame_similarity(features) if similarity is None else similarity
     runs = similarity_runs(alike, config.similarity_threshold)
-    static_counts = count_static_tokens(runs).cpu()
+    static_counts = yield count_static_tokens(runs)
     segments = segments or choose_segments(static_counts, config.max_segment_frames)[0]
 
     lengths = [stop - start for start, stop in segments]

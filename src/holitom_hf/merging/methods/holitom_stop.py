@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..merged_video import MergedVideo
+from ..host_numbers import Steps
 from ..segmentation import choose_segments, count_static_tokens, frame_similarity, similarity_runs
 from ..video_tokens import VideoTokens
 from .holitom import merge_holitom
@@ -16,7 +16,7 @@ EXPONENT = 1.1
 NUM_PATCHES = 729
 
 
-def merge_holitom_stop(video: VideoTokens, config) -> MergedVideo:
+def merge_holitom_stop(video: VideoTokens, config) -> Steps:
     """
     Stages 1 and 2 with a sink score s of every place: its mean importance over the frames to the power of 1.1, scaled
     to 0..1. Segments are HoliTom's. A token is static if its similarities plus 0.07 s are larger than
@@ -39,7 +39,8 @@ def merge_holitom_stop(video: VideoTokens, config) -> MergedVideo:
     low, high = persistent.aminmax()
     sink = (persistent - low) / (high - low).clamp_min(1e-12)
     similarity = frame_similarity(video.features)
-    counts = count_static_tokens(similarity_runs(similarity, config.similarity_threshold)).cpu()
+    counts = yield count_static_tokens(similarity_runs(similarity, config.similarity_threshold))
     segments, _ = choose_segments(counts, config.max_segment_frames)
     kept_less = importance - IN_SPACE * NUM_PATCHES * importance.mean() * sink
-    return merge_holitom(replace(video, importance=kept_less), config, segments, similarity + IN_TIME * sink)
+    video = replace(video, importance=kept_less)
+    return (yield from merge_holitom(video, config, segments, similarity + IN_TIME * sink))

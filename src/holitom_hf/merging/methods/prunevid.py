@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from ..apportionment import apportion, kept_tokens
 from ..density import density_peaks, join_peaks, peak_scores, token_distances
-from ..host_numbers import on_device
-from ..merged_video import MergedVideo, TokenGroup, TokenKind, in_order
+from ..host_numbers import Steps, on_device
+from ..merged_video import TokenGroup, TokenKind, in_order
 from ..spatial import masked_positions
 from ..transitions import segment_numbers
 from ..video_tokens import VideoTokens
@@ -20,7 +20,7 @@ CLUSTERS_PER_FRAME = 0.25
 NUM_NEIGHBORS = 7
 
 
-def merge_prunevid(video: VideoTokens, config) -> MergedVideo:
+def merge_prunevid(video: VideoTokens, config) -> Steps:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one.
 
@@ -45,7 +45,7 @@ def merge_prunevid(video: VideoTokens, config) -> MergedVideo:
     num_frames, tokens_per_frame, device = video.num_frames, video.tokens_per_frame, video.features.device
     num_kept = kept_tokens(video, config)
     tokens = video.features.detach().float()
-    segments = clustered_segments(tokens.mean(1))
+    segments = yield from clustered_segments(tokens.mean(1))
     starts, lengths = on_device([[start for start, _ in segments], [stop - start for start, stop in segments]], device)
     segment = segment_numbers(segments, device)  # (F,)
     is_static = still_places(tokens, segment, lengths, num_frames * tokens_per_frame - num_kept)  # (S, T)
@@ -82,8 +82,8 @@ def merge_prunevid(video: VideoTokens, config) -> MergedVideo:
     return merged
 
 
-def clustered_segments(means: torch.Tensor) -> list[tuple[int, int]]:
-    """(F, D), the mean of every frame -> half-open frame ranges. The host waits for the clusters."""
+def clustered_segments(means: torch.Tensor) -> Steps:
+    """(F, D), the mean of every frame -> half-open frame ranges. The device is asked for the clusters."""
     num_frames = len(means)
     is_frame = torch.ones(1, num_frames, dtype=torch.bool, device=means.device)
     neighbors, clusters = on_device(
@@ -91,7 +91,7 @@ def clustered_segments(means: torch.Tensor) -> list[tuple[int, int]]:
     )
     distance, score = density_peaks(means[None], is_frame, neighbors[:, None], NUM_NEIGHBORS)
     _, home = join_peaks(distance, score, clusters)
-    return longest_runs(home[0].tolist())
+    return longest_runs((yield home[0]).tolist())
 
 
 def longest_runs(labels: list[int]) -> list[tuple[int, int]]:

@@ -3,14 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from ..merged_video import MergedVideo, take_tokens
+from ..host_numbers import Steps
+from ..merged_video import take_tokens
 from ..products import segmentation_flops
 from ..segmentation import repeats_first, segment_starts
 from ..spatial import masked_positions
 from ..video_tokens import VideoTokens
 
 
-def merge_question_tokens(video: VideoTokens, config) -> MergedVideo:
+def merge_question_tokens(video: VideoTokens, config) -> Steps:
     """
     Keeps exactly `round(F * T * R)` tokens, at least one, as they are.
 
@@ -31,7 +32,7 @@ def merge_question_tokens(video: VideoTokens, config) -> MergedVideo:
     if video.question is not None and len(video.question):
         question = F.normalize(video.question.detach().to(unit), dim=-1)  # (Q, D)
         relevance = (unit @ question.T).amax(-1)  # (F, T)
-    first = segment_starts(video.features, config.similarity_threshold, config.max_segment_frames)
+    first = yield from segment_starts(video.features, config.similarity_threshold, config.max_segment_frames)
     score = torch.where(repeats_first(unit, first, config.similarity_threshold), relevance - 2, relevance)
     best = score.flatten().argsort(descending=True, stable=True)[:num_kept]
     is_kept = torch.zeros(num_tokens, dtype=torch.bool, device=unit.device).index_fill_(0, best, True)
