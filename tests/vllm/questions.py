@@ -19,6 +19,11 @@ QWEN_PROMPT = (
 ENGINE = {"exact_budget": True, "inner_method": "none"}
 RATIOS = (1.0, 0.15, 0.05)
 QWEN_RATIOS = (1.0, 0.25)
+# Options of `holitom-hf batch`, whose frames are not those of the file then.
+BATCHES = {
+    "llava_onevision": [],
+    "qwen3_vl": ["--model", str(SMALL_QWEN), "--fps", "2", "--max-pixels", "60000"],
+}
 REUSE = {"retention_ratio": 0.15, "vision_reuse_layer": 1, "vision_reuse_threshold": 0.98}
 
 

@@ -25,6 +25,7 @@ from holitom_hf.bundled.questions import write_set
 from holitom_hf.merging.outer import merge_videos
 
 from .questions import (
+    BATCHES,
     ENGINE,
     QWEN_PROMPT,
     QWEN_RATIOS,
@@ -143,20 +144,21 @@ def encoded_with_reuse(model) -> list[dict]:
 
 
 def write_batch(folder: Path, number: int = 40) -> None:
-    """Inputs of `holitom-hf batch`, some of which can't be answered, and the records of transformers."""
+    """Inputs of `holitom-hf batch`, some of which can't be answered, and each model's records of transformers."""
     shutil.rmtree(folder, ignore_errors=True)
     asked = write_set(folder, number)
     rows = [{"id": question.id, "video": question.video, "question": question.text} for question in asked]
     (folder / "broken.mp4").write_bytes(b"not a video")
     rows.insert(3, {"id": "broken", "video": "broken.mp4", "question": "What?"})
     rows.insert(5, {"id": "gone", "video": "gone.mp4", "question": "What?"})
-    rows.insert(7, {"id": "marked", "video": rows[0]["video"], "question": "What <video>?"})
+    rows.insert(7, {"id": "marked", "video": rows[0]["video"], "question": "What <video>, <|video_pad|>?"})
     (folder / "inputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = HoliTomConfig(retention_ratio=0.15, **ENGINE)
     (folder / "settings.json").write_text(json.dumps(settings.to_dict()))
     options = ["--preset", str(folder / "settings.json"), "--dtype", "float32", "--device", "cpu"]
-    files = [str(folder.absolute() / "inputs.jsonl"), str(folder / "records.jsonl")]
-    subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options], check=True)
+    for name, of_model in BATCHES.items():
+        files = [str(folder.absolute() / "inputs.jsonl"), str(folder / f"{name}.jsonl")]
+        subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options, *of_model], check=True)
 
 
 def write_checkpoints(folder: Path, model: HoliTomLlavaOnevisionForConditionalGeneration, processor) -> None:
