@@ -1,11 +1,13 @@
 """`holitom-hf batch --engine vllm` without vLLM: what is refused, and what the engine is handed."""
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers.video_utils import VideoMetadata
 from typer.testing import CliRunner
 
 from holitom_hf.apps.batch.answering import DecodedInputs
@@ -17,6 +19,11 @@ from holitom_hf.bundled.scenes import random_clip
 from holitom_hf.bundled.tiny_model import tiny_processor
 from holitom_hf.video.encoding import write_video
 from holitom_hf.vllm.settings import EngineEndedError
+
+from ..models.qwen import FAMILIES
+
+
+SMALL_QWEN = str(Path(__file__).parents[2] / "examples" / "small_qwen3_vl")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,11 @@ def failure(videos, *arguments) -> str:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_one_line_says_how_it_is_installed(videos):
-    assert failure(videos, "--engine", "vllm").startswith("vLLM is not installed here: in an environment that has it")
+# The positions that Qwen's tokens have are not those that these settings name, here and elsewhere.
+@pytest.mark.parametrize("options", [[], ["--model", SMALL_QWEN, "--preset", "uncompressed"]])
+def test_without_vllm_one_line_says_how_it_is_installed(videos, options):
+    message = failure(videos, "--engine", "vllm", *options)
+    assert message.startswith("vLLM is not installed here: in an environment that has it")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,8 @@ def test_without_vllm_one_line_says_how_it_is_installed(videos):
         (["--engine", "vllm", "--preset", "llava-onevision-7b-r15"], "what these settings ask for: stage 3"),
         (["--engine", "vllm", "--preset", "farthest-points-r15"], "proportional attention"),
         (["--engine", "vllm", "--preset", "llava-video-7b-r15"], "newline_position='row' is LLaVA-Video's"),
+        (["--engine", "vllm", "--model", SMALL_QWEN, "--preset", "qwen3-vl-8b-r15"], "ask for: stage 3"),
+        (["--engine", "vllm", "--model", SMALL_QWEN, "--preset", "qwen3-vl-8b-r15-fast"], "LLaVA-OneVision alone"),
     ],
 )
 def test_what_the_engine_cant_do_is_refused(videos, arguments, message):
@@ -64,8 +76,8 @@ def test_what_the_engine_cant_do_is_refused(videos, arguments, message):
 class Engine:
     """Answers with the number of frames, and notes what it is handed."""
 
-    def __init__(self, fails_on: str | None = None, error: type[Exception] = ValueError):
-        self.processor, self.fails_on, self.error, self.calls = tiny_processor(), fails_on, error, []
+    def __init__(self, fails_on: str | None = None, error: type[Exception] = ValueError, processor=None):
+        self.processor, self.fails_on, self.error, self.calls = processor or tiny_processor(), fails_on, error, []
 
     def answer(self, prompts, videos, max_new_tokens):
         self.calls.append((prompts, videos, max_new_tokens))
@@ -110,6 +122,31 @@ def test_the_engine_gets_frames_that_become_the_same_pixels(videos):
             "tokens_after_stage_3": 10 + len(video),
         }
     assert records["broken"] == decoded[1].asked | {"error": decoded[1].error}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_engine_that_tells_times_gets_metadata_and_frames_that_become_the_same_patches(videos, family):
+    engine, inputs = Engine(processor=FAMILIES[family].make_processor()), asked(videos, "3", "5")
+    limits = {"fps": 8, "max_pixels": 5 * 32 * 48}
+    records = answered(engine, inputs, limits=limits)
+    [(prompts, found, _)] = engine.calls
+    decoded = DecodedInputs(inputs, [0, 1], engine.processor, torch.float32, limits=limits)
+    for number, (prompt, (frames, metadata)) in enumerate(zip(prompts, found)):
+        assert frames.dtype == np.uint8
+        expected = decoded[number].features
+        features = engine.processor(
+            text=prompt,
+            videos=[frames],
+            video_metadata=[VideoMetadata(**metadata)],
+            do_resize=False,
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        assert all(torch.equal(features[name], expected[name]) for name in expected if name != "second_per_grid_ts")
+        assert features.get("second_per_grid_ts") == expected.get("second_per_grid_ts")
+        record = records[inputs[number].id]
+        assert record["num_frames"] == len(frames) == 2 * expected["video_grid_thw"][0, 0]
+        assert record["tokens_before"] == (expected["input_ids"] == engine.processor.video_token_id).sum()
 
 
 def test_a_number_of_frames_and_a_size_of_batches_are_kept(videos):

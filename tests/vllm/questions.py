@@ -1,6 +1,7 @@
 """Questions about drawn clips as both sides of the comparison ask them: frames in memory, and the whole prompt."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,28 @@ QWEN_PROMPT = (
 ENGINE = {"exact_budget": True, "inner_method": "none"}
 RATIOS = (1.0, 0.15, 0.05)
 QWEN_RATIOS = (1.0, 0.25)
+# Options of `holitom-hf batch`, whose frames are not those of the file then.
+BATCHES = {
+    "llava_onevision": [],
+    "qwen3_vl": ["--model", str(SMALL_QWEN), "--fps", "2", "--max-pixels", "60000"],
+}
 REUSE = {"retention_ratio": 0.15, "vision_reuse_layer": 1, "vision_reuse_threshold": 0.98}
+
+
+@dataclass
+class MixedPrompt:
+    """
+    A prompt of the small Qwen3-VL that shows several things.
+
+    Attributes:
+        text: The prompt.
+        videos: Frames (F, H, W, 3) of each, uint8.
+        images: (H, W, 3) of each, uint8.
+    """
+
+    text: str
+    videos: list[np.ndarray]
+    images: list[np.ndarray]
 
 
 def prompt_of(question: str, num_videos: int = 1) -> str:
@@ -44,3 +66,14 @@ def metadata_of(frames: np.ndarray) -> dict:
     """Of frames that are all of a video, two a second, which is what Qwen3-VL's times are told from."""
     number = len(frames)
     return {"fps": 2.0, "total_num_frames": number, "duration": number / 2, "frames_indices": list(range(number))}
+
+
+def mixed_prompts() -> Iterator[MixedPrompt]:
+    """Two videos, of other lengths and sides, and images before, between and behind videos."""
+    (first, question, _), (second, _, _) = list(drawn_questions(8))[::7]
+    shown = {"v": first, "w": second[:7, :80], "i": second[3, :, :64], "j": first[5, 32:]}
+    for order in ("vw", "wv", "iv", "vi", "viw", "jwiv"):
+        kinds = ["video" if name in "vw" else "image" for name in order]
+        marks = "".join(f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in kinds)
+        text = QWEN_PROMPT.replace("<|vision_start|><|video_pad|><|vision_end|>", marks).format(question=question)
+        yield MixedPrompt(text, *([shown[name] for name in order if name in names] for names in ("vw", "ij")))

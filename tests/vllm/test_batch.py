@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from .questions import BATCHES
+
 
 pytest.importorskip("vllm")
 OPTIONS = {"gpu_memory_utilization": 0.1, "max_model_len": 2048, "enforce_eager": True}
@@ -26,7 +28,8 @@ def of_both(record: dict) -> dict:
     return {name: value for name, value in record.items() if name not in ("seconds", "run")}
 
 
-def test_killed_and_started_again_it_has_the_records_of_transformers(transformers_batch, tmp_path):
+@pytest.mark.parametrize("model", BATCHES)
+def test_killed_and_started_again_it_has_the_records_of_transformers(transformers_batch, tmp_path, model):
     lines = (transformers_batch / "inputs.jsonl").read_text().splitlines()
     question = "word " * OPTIONS["max_model_len"]
     lines.insert(1, json.dumps(json.loads(lines[0]) | {"id": "long", "question": question}))
@@ -34,7 +37,7 @@ def test_killed_and_started_again_it_has_the_records_of_transformers(transformer
     inputs.write_text("\n".join(lines) + "\n")
     command = f"-m holitom_hf batch {inputs} {output} --engine vllm --batch-size 4 --dtype float32"
     command = [sys.executable, *command.split(), "--preset", str(transformers_batch / "settings.json")]
-    command += ["--engine-options", json.dumps(OPTIONS)]
+    command += ["--engine-options", json.dumps(OPTIONS), *BATCHES[model]]
     part = tmp_path / "out.jsonl.parts" / "00000.jsonl"
     with log.open("w") as file:
         first = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
@@ -53,7 +56,7 @@ def test_killed_and_started_again_it_has_the_records_of_transformers(transformer
     assert all(found[name] == record for name, record in before.items())
     assert list(found) == [json.loads(line)["id"] for line in lines]
     assert "2048" in found.pop("long")["error"]  # transformers sets no such end
-    expected = read(transformers_batch / "records.jsonl")
+    expected = read(transformers_batch / f"{model}.jsonl")
     assert sum("error" in record for record in expected.values()) == 3
     assert {name: of_both(record) for name, record in found.items()} == {
         name: of_both(record) for name, record in expected.items()

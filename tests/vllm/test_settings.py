@@ -11,7 +11,13 @@ from holitom_hf import HoliTomConfig
 from holitom_hf import vllm as room
 from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.merging.vision_methods import VISION_METHODS
-from holitom_hf.vllm.settings import checkpoint_settings, engine_settings, num_placeholders, request_settings
+from holitom_hf.vllm.settings import (
+    check_asked,
+    checkpoint_settings,
+    engine_settings,
+    num_placeholders,
+    request_settings,
+)
 from holitom_hf.vllm.weight_names import published_name
 
 
@@ -39,6 +45,18 @@ def test_what_an_engine_has_no_place_for_is_off_and_said():
     assert len(left_out) == 3
     assert engine_settings(settings, keeps_positions=False) == (settings, [])
     assert engine_settings(asked, keeps_positions=True)[0].position_ids == "kept"
+
+
+def test_positions_that_a_model_keeps_in_any_case_are_not_said_to_be_left_out():
+    asked = HoliTomConfig(inner_method="none", position_ids="packed")
+    in_force = asked.overlaid({"exact_budget": True, "position_ids": "kept"})
+    assert engine_settings(asked, keeps_positions=True) == (in_force, [])
+    check_asked(asked, "auto", keeps_positions=True)
+    check_asked(None, "auto", keeps_positions=True)
+    with pytest.raises(ValueError, match="kept positions"):
+        check_asked(in_force, "auto", keeps_positions=False)
+    with pytest.raises(ValueError, match=r"stage 3.*a file of settings without it"):
+        check_asked(HoliTomConfig(), "auto", keeps_positions=True)
 
 
 def test_of_what_a_tower_leaves_out_the_engine_has_reuse_and_not_in_every_tower():

@@ -25,6 +25,7 @@ from holitom_hf.bundled.questions import write_set
 from holitom_hf.merging.outer import merge_videos
 
 from .questions import (
+    BATCHES,
     ENGINE,
     QWEN_PROMPT,
     QWEN_RATIOS,
@@ -34,6 +35,7 @@ from .questions import (
     drawn_pixels,
     drawn_questions,
     metadata_of,
+    mixed_prompts,
     prompt_of,
 )
 
@@ -70,6 +72,47 @@ def answers_of(model, processor, inputs_of, settings: HoliTomConfig, number: int
         best = [scores[0].topk(2).values for scores in out.scores]
         ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         answers.append({"ids": ids, "margins": [float(first - second) for first, second in best]})
+    return answers
+
+
+def mixed_answers(model, processor, settings: HoliTomConfig) -> list[dict]:
+    """
+    Of each of [`mixed_prompts`] the answer's tokens, log-probabilities (vocabulary,) of the first one, and along three
+    axes the positions of everything that the decoder gets: the compressed prompt, and the answer but for its end.
+    """
+    seen = []
+
+    def see(decoder, args, kwargs):
+        seen.append(kwargs["position_ids"][-3:, 0])
+
+    hook = model.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+    answers = []
+    for prompt in mixed_prompts():
+        inputs = processor(
+            text=prompt.text,
+            images=prompt.images or None,
+            videos=prompt.videos,
+            video_metadata=[metadata_of(frames) for frames in prompt.videos],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        out = model.generate(
+            **inputs,
+            holitom_config=settings,
+            max_new_tokens=8,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        answers.append(
+            {
+                "ids": out.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
+                "logprobs": out.scores[0][0].log_softmax(-1).tolist(),
+                "positions": torch.cat(seen, 1).tolist(),
+            }
+        )
+        seen.clear()
+    hook.remove()
     return answers
 
 
@@ -117,20 +160,21 @@ def received_attention(model, qwen, qwen_processor) -> dict[str, list]:
 
 
 def write_batch(folder: Path, number: int = 40) -> None:
-    """Inputs of `holitom-hf batch`, some of which can't be answered, and the records of transformers."""
+    """Inputs of `holitom-hf batch`, some of which can't be answered, and each model's records of transformers."""
     shutil.rmtree(folder, ignore_errors=True)
     asked = write_set(folder, number)
     rows = [{"id": question.id, "video": question.video, "question": question.text} for question in asked]
     (folder / "broken.mp4").write_bytes(b"not a video")
     rows.insert(3, {"id": "broken", "video": "broken.mp4", "question": "What?"})
     rows.insert(5, {"id": "gone", "video": "gone.mp4", "question": "What?"})
-    rows.insert(7, {"id": "marked", "video": rows[0]["video"], "question": "What <video>?"})
+    rows.insert(7, {"id": "marked", "video": rows[0]["video"], "question": "What <video>, <|video_pad|>?"})
     (folder / "inputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = HoliTomConfig(retention_ratio=0.15, **ENGINE)
     (folder / "settings.json").write_text(json.dumps(settings.to_dict()))
     options = ["--preset", str(folder / "settings.json"), "--dtype", "float32", "--device", "cpu"]
-    files = [str(folder.absolute() / "inputs.jsonl"), str(folder / "records.jsonl")]
-    subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options], check=True)
+    for name, of_model in BATCHES.items():
+        files = [str(folder.absolute() / "inputs.jsonl"), str(folder / f"{name}.jsonl")]
+        subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options, *of_model], check=True)
 
 
 def write_checkpoints(folder: Path, model: HoliTomLlavaOnevisionForConditionalGeneration, processor) -> None:
@@ -153,12 +197,13 @@ def main() -> None:
     processor = HoliTomProcessor.from_pretrained(BUNDLED_MODEL)
     qwen = HoliTomQwen3VLForConditionalGeneration.from_pretrained(SMALL_QWEN, **kwargs).eval()
     qwen_processor = HoliTomQwen3VLProcessor.from_pretrained(SMALL_QWEN)
-    answers = {"llava_onevision": {}, "qwen3_vl": {}, "qwen3_vl_encoder": {}}
+    answers = {"llava_onevision": {}, "qwen3_vl": {}, "qwen3_vl_mixed": {}, "qwen3_vl_encoder": {}}
     for ratio in RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, **ENGINE)
         answers["llava_onevision"][ratio] = answers_of(model, processor, llava_inputs, settings, args.questions)
         kept = settings.overlaid({"position_ids": "kept"})
         answers["qwen3_vl"][ratio] = answers_of(qwen, qwen_processor, qwen_inputs, kept, min(args.questions, 20))
+        answers["qwen3_vl_mixed"][ratio] = mixed_answers(qwen, qwen_processor, kept)
     for ratio in QWEN_RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)

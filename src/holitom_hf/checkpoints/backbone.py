@@ -27,6 +27,7 @@ class Backbone:
         upstream_processor: The processor's class without this package.
         has_upstream: Whether transformers has a class of the model, with which a checkpoint loads without its code.
         fixed_settings: Compression settings that have their default value alone with these models.
+        keeps_positions: Whether tokens stand where they stood uncompressed, whatever `position_ids` the settings name.
     """
 
     model_type: str
@@ -39,6 +40,7 @@ class Backbone:
     upstream_processor: str
     has_upstream: bool = True
     fixed_settings: tuple[str, ...] = ()
+    keeps_positions: bool = False
 
     def auto_map(self) -> dict[str, str]:
         """What a checkpoint's `auto_map` says: which class each Auto class finds in which of its files."""

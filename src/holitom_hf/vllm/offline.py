@@ -8,10 +8,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from ..answering.answerer import Answerer
 from ..checkpoints.checkpoint import base_model_of, config_values, is_original
+from ..models.registry import backbones
+from . import ARCHITECTURES
 from .settings import EngineEndedError, engine_settings
-
-
-ARCHITECTURE = "HoliTomLlavaOnevisionForConditionalGeneration"
 
 
 @dataclass
@@ -21,7 +20,7 @@ class EngineAnswer:
 
     Attributes:
         text: The answer.
-        num_video_tokens: What the decoder got of the video, the newline included.
+        num_video_tokens: What the decoder got of the video, a newline included.
     """
 
     text: str
@@ -52,13 +51,16 @@ class OfflineAnswerer(Answerer):
             OSError, ValueError: As [`Answerer`], and if the model is none that is answered with in vLLM.
         """
         super().__init__(model, settings, retention_ratio, dtype=dtype, hub=hub)
-        if self.backbone.generation != ARCHITECTURE:
-            raise ValueError(f"vLLM answers a batch with LLaVA-OneVision alone; {model} is a {self.backbone.title}")
+        if self.backbone.generation not in ARCHITECTURES:
+            titles = [known.title for known in backbones().values() if known.generation in ARCHITECTURES]
+            raise ValueError(
+                f"vLLM answers a batch with {' or '.join(titles)} alone; {model} is a {self.backbone.title}"
+            )
         if is_original(config_values(model, dict(self.hub_options))):
             raise ValueError(
                 f"{model} is as LLaVA's authors published it: vLLM takes what holitom-hf convert writes of it"
             )
-        in_force, _ = engine_settings(self.config.holitom_config, keeps_positions=False)
+        in_force, _ = engine_settings(self.config.holitom_config, self.backbone.keeps_positions)
         self.config.holitom_config = in_force
         self.options, self.engine = options or {}, None
 
@@ -82,26 +84,36 @@ class OfflineAnswerer(Answerer):
                 "model": base or self.name,
                 "revision": revision,
                 "dtype": dtype,
-                "hf_overrides": {"architectures": [ARCHITECTURE], "holitom_config": settings},
+                "hf_overrides": {"architectures": [self.backbone.generation], "holitom_config": settings},
                 "limit_mm_per_prompt": {"video": 1, "image": 0},
             }
             | self.options
         )
 
-    def answer(self, prompts: list[str], videos: list[np.ndarray], max_new_tokens: int) -> list[EngineAnswer]:
+    def answer(
+        self, prompts: list[str], videos: list[np.ndarray | tuple[np.ndarray, dict]], max_new_tokens: int
+    ) -> list[EngineAnswer]:
         """
         Answers prompts in continuous batches, greedily.
 
         Args:
             prompts: As the chat template writes them, each with one video.
-            videos: For each (F, H, W, 3) uint8, in the size of the tower.
+            videos: For each (F, H, W, 3) uint8, in the size of the tower; for a model that is told their times beside
+                what transformers' `VideoMetadata` holds.
             max_new_tokens: Longest answer.
 
         Raises:
             EngineEndedError: If the engine's process is gone.
             ValueError: If one of the prompts is longer than the engine takes.
         """
-        requests = [{"prompt": prompt, "multi_modal_data": {"video": video}} for prompt, video in zip(prompts, videos)]
+        requests = [
+            {
+                "prompt": prompt,
+                "multi_modal_data": {"video": [video]},
+                "mm_processor_kwargs": {"do_resize": False},
+            }
+            for prompt, video in zip(prompts, videos)
+        ]
         sampling = SamplingParams(temperature=0, max_tokens=max_new_tokens)
         try:
             outputs = self.engine.generate(requests, sampling, use_tqdm=False)

@@ -26,7 +26,7 @@ class EngineEndedError(OSError):
     """The engine's process is gone, whatever was asked: answers that are there stay, and no others come."""
 
 
-def check_asked(settings: HoliTomConfig | None, device: str) -> None:
+def check_asked(settings: HoliTomConfig | None, device: str, keeps_positions: bool) -> None:
     """
     Raises a `ValueError` if a caller asks of the engine what it does not do. What a checkpoint's own settings have of
     that is left out instead, see [`engine_settings`].
@@ -34,16 +34,17 @@ def check_asked(settings: HoliTomConfig | None, device: str) -> None:
     Args:
         settings: That a caller asks for; `None`: the checkpoint's.
         device: `"auto"`, since the engine knows where it runs.
+        keeps_positions: As in [`engine_settings`].
     """
     if device != "auto":
         raise ValueError(f"vLLM takes the device that it was built for: leave out --device {device}")
     if settings is None:
         return
-    _, left_out = engine_settings(settings, keeps_positions=False)
+    _, left_out = engine_settings(settings, keeps_positions)
     if left_out:
         raise ValueError(
-            f"vLLM does not do what these settings ask for: {', '.join(left_out)}; pass settings without it, of "
-            "presets one that ends with -no-inner"
+            f"vLLM does not do what these settings ask for: {', '.join(left_out)}; pass a file of settings "
+            "without it, or for LLaVA-OneVision a preset that ends with -no-inner"
         )
 
 
@@ -72,8 +73,8 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
 
     Args:
         settings: As a checkpoint has them.
-        keeps_positions: Whether tokens of this model stand where they stood uncompressed; else they are numbered as
-            they come.
+        keeps_positions: Whether tokens of this model stand where they stood uncompressed, whatever the settings name,
+            see [`Backbone`]; else they are numbered as they come.
 
     Returns:
         Those in force, and what they leave out, in words.
@@ -93,7 +94,7 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
         )
     left_out = []
     positions = "kept" if keeps_positions else "packed"
-    if settings.position_ids != positions:
+    if settings.position_ids != positions and not keeps_positions:
         left_out.append(f"{settings.position_ids} positions (this model's are {positions})")
     is_asked = {
         "inner_method": settings.has_inner_stage,

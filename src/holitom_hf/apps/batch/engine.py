@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 
+import numpy as np
 import torch
+from transformers import BatchFeature
 
-from ...answering.prompts import PIXELS, frames_of
+from ...answering.prompts import GRIDS, PIXELS, frames_of
 from ...video.sources import MediaSources
 from .answering import DecodedInput, DecodedInputs, answer_or_tell, decode_ahead, prompt_of
 from .inputs import BatchInput
 
 
-# What is left to the engine's own processor: frames reach it in their size, as bytes.
-RAW = {"do_rescale": False, "do_normalize": False}
+# What is left to the engine's own processor: frames reach it in their size, as bytes, with what is known of the video.
+RAW = {"do_rescale": False, "do_normalize": False, "return_metadata": True}
 
 
 class OnlyProcess:
@@ -32,6 +35,44 @@ def consecutive_batches(decoded: Iterable[DecodedInput], batch_size: int) -> Ite
         yield batch
 
 
+def engine_video(features: BatchFeature, processor) -> np.ndarray | tuple[np.ndarray, dict]:
+    """
+    A prompt's one video as the engine takes it.
+
+    Args:
+        features: What the processor made of the prompt with `RAW`.
+        processor: Which one.
+
+    Returns:
+        (F, H, W, 3) uint8, of flat patches with its metadata, from which the engine's processor tells their times.
+    """
+    if GRIDS not in features:
+        return features[PIXELS][0].permute(0, 2, 3, 1).numpy()
+    frames = frames_of_patches(features[PIXELS], features[GRIDS][0].tolist(), processor.video_processor)
+    return frames.numpy(), asdict(features["video_metadata"][0])
+
+
+def frames_of_patches(patches: torch.Tensor, grid: list[int], video_processor) -> torch.Tensor:
+    """
+    The frames that a Qwen-VL family's video processor cut into flat patches, a last one that it repeated among them.
+
+    Args:
+        patches: (N, C * P_t * P * P), in the order of a merged token's patches.
+        grid: Of patches, in time, rows and columns; N in all.
+        video_processor: With the sides of patches and of merged tokens.
+
+    Returns:
+        (F, H, W, C).
+    """
+    num_times, num_rows, num_columns = grid
+    merge, side = video_processor.merge_size, video_processor.patch_size
+    rows, columns = num_rows // merge, num_columns // merge
+    parts = patches.view(
+        num_times, rows, columns, merge, merge, -1, video_processor.temporal_patch_size, side, side
+    )  # (F / P_t, rows, columns, merge, merge, C, P_t, P, P)
+    return parts.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(-1, num_rows * side, num_columns * side, parts.shape[5])
+
+
 def answer_in_engine(answerer, batch: list[DecodedInput], max_new_tokens: int) -> list[dict]:
     """
     Answers inputs together.
@@ -46,7 +87,7 @@ def answer_in_engine(answerer, batch: list[DecodedInput], max_new_tokens: int) -
     """
     start = time.perf_counter()
     processor = answerer.processor
-    videos = [item.features[PIXELS][0].permute(0, 2, 3, 1).numpy() for item in batch]
+    videos = [engine_video(item.features, processor) for item in batch]
     answers = answerer.answer([prompt_of(item.question, processor) for item in batch], videos, max_new_tokens)
     seconds = (time.perf_counter() - start) / len(batch)
     return [

@@ -189,10 +189,11 @@ def batch(
         name, hub = find_model(model)
         settings = settings_of(preset, retention_ratio)
         if engine == "vllm":
+            from ...models.registry import backbone_of
             from ...vllm import check_installed
             from ...vllm.settings import check_asked
 
-            check_asked(settings, device)
+            check_asked(settings, device, backbone_of(name, **hub).keeps_positions)
             check_installed()
         from ..batch.inputs import input_ids, read_inputs
 

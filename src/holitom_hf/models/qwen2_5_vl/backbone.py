@@ -13,4 +13,5 @@ BACKBONE = Backbone(
     video_processor="HoliTomQwen2_5_VLVideoProcessor",
     upstream_processor="Qwen2_5_VLProcessor",
     fixed_settings=("vision_method", "newline_position", "virtual_unmerging"),
+    keeps_positions=True,
 )

@@ -13,4 +13,5 @@ BACKBONE = Backbone(
     video_processor="HoliTomQwen3_5VideoProcessor",
     upstream_processor="Qwen3VLProcessor",
     fixed_settings=("vision_method", "newline_position", "virtual_unmerging"),
+    keeps_positions=True,
 )
