@@ -36,6 +36,7 @@ from .questions import (
     metadata_of,
     prompt_of,
 )
+from .small_qwen2_5_vl import small_qwen2_5_vl_answers
 
 
 def llava_inputs(processor, frames, question):
@@ -146,6 +147,7 @@ def main() -> None:
     for ratio in QWEN_RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)
+    answers["qwen2_5_vl"] = small_qwen2_5_vl_answers(args.file.with_suffix(".qwen2_5_vl"))
     answers["reuse"] = encoded_with_reuse(model)
     write_batch(args.file.with_suffix(".batch"))
     write_checkpoints(args.file.with_suffix(".checkpoints"), model, processor)
