@@ -42,11 +42,16 @@ class HoliTomQwen2_5_VLMultiModalProcessor(HoliTomMultiModalProcessorMixin, Qwen
         Overrides BaseMultiModalProcessor._call_hf_processor: how long a temporal patch lasts stays in float32, where
         upstream rounds it to the model's dtype, and late patches of a long video would stand elsewhere.
         """
-        outputs = super()._call_hf_processor(hf_data, hf_kwargs)
-        if "second_per_grid_ts" in outputs:
-            frames_per_patch = self.info.get_hf_config().vision_config.temporal_patch_size
-            rates = [metadata.sampled_fps for metadata in hf_data["video_metadata"]]
-            outputs["second_per_grid_ts"] = torch.tensor([frames_per_patch / rate for rate in rates])
+        processor, name, exact = self.info.get_hf_processor(**hf_kwargs), "second_per_grid_ts", {}
+
+        def keeping_seconds(**inputs: object) -> BatchFeature:
+            outputs = processor(**inputs)
+            if name in outputs:
+                exact[name] = outputs[name]
+            return outputs
+
+        outputs = self.info.ctx.call_hf_processor(keeping_seconds, hf_data, hf_kwargs)
+        outputs.update(exact)
         return outputs
 
     def _get_prompt_updates(
