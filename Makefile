@@ -50,8 +50,9 @@ test-kvpress:
 # vLLM's CPU build pins a torch that torchvision does not load beside; the plain one runs. It pins transformers, too, so that
 # what our own class answers is written in the other environment, anew when that class or the questions changed.
 VLLM_ANSWERS := .vllm/answers.json
-$(VLLM_ANSWERS): $(VENV)/.installed tests/vllm/transformers_answers.py tests/vllm/questions.py $(shell find src/holitom_hf \
-		examples/small_qwen3_vl -type f -not -name '*.pyc' -not -path 'src/holitom_hf/vllm/*')
+$(VLLM_ANSWERS): $(VENV)/.installed tests/vllm/transformers_answers.py tests/vllm/questions.py tests/vllm/qwen2_5_vl.py \
+		tests/vllm/small_qwen2_5_vl.py $(shell find src/holitom_hf examples/small_qwen3_vl -type f -not -name '*.pyc' \
+		-not -path 'src/holitom_hf/vllm/*')
 	mkdir -p $(@D)
 	$(BIN)/python -m tests.vllm.transformers_answers $@
 

@@ -35,3 +35,9 @@ def transformers_batch(request):
 def transformers_checkpoints(request):
     """The folder with checkpoints that our transformers class saved: `whole`, and `settings` alone."""
     return written(request, ".checkpoints")
+
+
+@pytest.fixture(scope="session")
+def transformers_qwen2_5_vl(request):
+    """The folder with the small Qwen2.5-VL that our transformers class saved."""
+    return written(request, ".qwen2_5_vl")

@@ -38,6 +38,7 @@ from .questions import (
     mixed_prompts,
     prompt_of,
 )
+from .small_qwen2_5_vl import small_qwen2_5_vl_answers
 
 
 def llava_inputs(processor, frames, question):
@@ -207,6 +208,7 @@ def main() -> None:
     for ratio in QWEN_RATIOS:
         settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
         answers["qwen3_vl_encoder"][ratio] = encoded(qwen, qwen_processor, settings)
+    answers["qwen2_5_vl"] = small_qwen2_5_vl_answers(args.file.with_suffix(".qwen2_5_vl"))
     answers["reuse"] = encoded_with_reuse(model)
     answers["importance"] = received_attention(model, qwen, qwen_processor)
     write_batch(args.file.with_suffix(".batch"))

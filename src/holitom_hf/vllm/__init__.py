@@ -13,6 +13,7 @@ import importlib.util
 # configuration.
 ARCHITECTURES = {
     "HoliTomLlavaOnevisionForConditionalGeneration": ("llava_onevision", "checkpoint:HoliTomModelConfig"),
+    "HoliTomQwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "checkpoint:PruningModelConfig"),
     "HoliTomQwen3VLForConditionalGeneration": ("qwen3_vl", "checkpoint:PruningModelConfig"),
 }
 

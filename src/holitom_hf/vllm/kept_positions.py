@@ -26,6 +26,19 @@ def from_channels(channels: torch.Tensor) -> torch.Tensor:
     return (channels.long().unflatten(1, (3, NUM_DIGITS)) * powers).sum(-1)
 
 
+def video_offsets(place: torch.Tensor, times: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """
+    (N, 3), how far the tokens of a video without text inside stand behind its first one, uncompressed.
+
+    Args:
+        place: (N,) int64, in the uncompressed video.
+        times: (F,) int64, how far a frame's are behind along the first axis.
+        grid: Rows and columns of tokens in a frame.
+    """
+    in_frame = place % (grid[0] * grid[1])
+    return torch.stack([times[place // (grid[0] * grid[1])], in_frame // grid[1], in_frame % grid[1]], dim=1)
+
+
 def timed_offsets(
     is_video: torch.Tensor, is_end: torch.Tensor, place: torch.Tensor, grid: tuple[int, int]
 ) -> torch.Tensor:

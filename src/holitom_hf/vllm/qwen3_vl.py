@@ -1,13 +1,8 @@
 """Qwen3-VL in vLLM with stages 1 and 2: tokens keep the places they stand for."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Annotated
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
-from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLVideoPixelInputs
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
@@ -19,15 +14,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
-from vllm.utils.tensor_schema import TensorShape
 
 from ..merging.budget import token_budget
 from ..merging.outer import merge_videos
 from ..merging.video_tokens import VideoTokens
-from ..models.vision_importance import received_attention
-from .checkpoint import served_settings
-from .kept_positions import NUM_CHANNELS, as_channels, from_channels, prompt_positions, timed_offsets
+from .kept_positions import as_channels, timed_offsets
 from .processing import HoliTomMultiModalProcessorMixin, HoliTomProcessingInfoMixin
+from .qwen_vl import HoliTomQwenVLMixin
 from .settings import RATIO
 
 
@@ -78,127 +71,18 @@ class HoliTomQwen3VLMultiModalProcessor(HoliTomMultiModalProcessorMixin, Qwen3VL
         ]
 
 
-class HoliTomQwen3VLVideoPixelInputs(Qwen2_5_VLVideoPixelInputs):
-    """
-    Videos, and what each keeps.
-
-    Dimensions:
-        - nv: Number of videos
-    """
-
-    retention_ratio: Annotated[torch.Tensor, TensorShape("nv")]
-
-
-@contextmanager
-def last_attention_input(tower: nn.Module) -> Iterator[dict]:
-    """What goes into the attention of a tower's last block while this lasts: its named arguments, and `x`."""
-    seen = {}
-
-    def see(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.update(kwargs, x=args[0])
-
-    # Of the attention: vLLM's blocks, which it may compile, call no hooks.
-    hook = tower.blocks[-1].attn.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def last_attention_importance(
-    attention: nn.Module, seen: dict, grids: list[list[int]], merge_size: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """
-    What each token receives of an attention, from its own input, fused projection and rotary embedding. It runs on
-    whichever kernel it has.
-
-    Args:
-        attention: Of a block of vLLM's Qwen3-VL.
-        seen: From [`last_attention_input`].
-        grids: (T, h, w) of every video.
-        merge_size: Side of the square of patches that makes a token.
-
-    Returns:
-        For each video (F, T) float32, and the keys before rotation, averaged over heads and the square, (F, T, K).
-    """
-    projected, _ = attention.qkv(seen["x"])  # (P, 1, 3 * heads * d)
-    heads = (3, attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head)
-    queries_keys = projected.squeeze(1).unflatten(-1, heads)[:, :2].transpose(0, 1).contiguous()  # (2, P, heads, d)
-    rotated = attention.apply_rotary_emb(queries_keys, seen["rotary_pos_emb_cos"], seen["rotary_pos_emb_sin"])
-    num_patches = [frames * height * width for frames, height, width in grids]
-    plain = queries_keys[1].mean(1)
-    found = []
-    for (num_frames, _, _), video, keys in zip(grids, rotated.split(num_patches, 1), plain.split(num_patches)):
-        queries, rotated_keys = video.unflatten(1, (num_frames, -1)).transpose(2, 3)
-        received = received_attention(queries, rotated_keys, attention.hidden_size_per_attention_head**-0.5)
-        received = received.unflatten(1, (-1, merge_size**2)).mean(2)
-        head_mean = keys.unflatten(0, (num_frames, -1, merge_size**2)).mean(2)
-        if attention.tp_size > 1:
-            received = tensor_model_parallel_all_reduce(received) / attention.tp_size
-            head_mean = tensor_model_parallel_all_reduce(head_mean) / attention.tp_size
-        found.append((received, head_mean))
-    return found
-
-
 @MULTIMODAL_REGISTRY.register_processor(
     HoliTomQwen3VLMultiModalProcessor,
     info=HoliTomQwen3VLProcessingInfo,
     dummy_inputs=Qwen3VLDummyInputsBuilder,
 )
-class HoliTomQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
+class HoliTomQwen3VLForConditionalGeneration(HoliTomQwenVLMixin, Qwen3VLForConditionalGeneration):
     """
     vLLM's `Qwen3VLForConditionalGeneration` whose encoder shortens videos.
 
     A token takes the place, and the position along all three axes, of what it stands for; text goes on behind all of
     the uncompressed video, as with `position_ids="kept"`.
     """
-
-    # Runners leave positions alone; this class adds what a video's tokens need.
-    supports_multimodal_pruning = False
-    # The scheduler counts compressed tokens: one uncompressed video at a time goes through the tower.
-    requires_sequential_video_encoding = True
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        # Their addresses stay, as graphs of the decoder need it.
-        self.offsets, self.shifted = (torch.zeros(3, num_tokens + 1, dtype=torch.long) for _ in range(2))
-        self.has_offsets = False
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError("positions of kept tokens are known to the first stage of a pipeline alone")
-        self.settings = served_settings(vllm_config.model_config, keeps_positions=True)
-        if self.settings.needs_importance and self.use_data_parallel:
-            raise ValueError(
-                f"outer_method={self.settings.outer_method!r} needs the tower's attention, which a tower divided by "
-                'frames (mm_encoder_tp_mode="data") does not tell: choose "weights"'
-            )
-
-    def _parse_and_validate_video_input(self, **kwargs: object):
-        """Overrides Qwen3VLForConditionalGeneration._parse_and_validate_video_input: with each video's rate."""
-        videos = super()._parse_and_validate_video_input(**kwargs)
-        if videos is None or videos["type"] != "pixel_values_videos":
-            return videos
-        names = ("type", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "timestamps")
-        fields = {name: getattr(videos, name) for name in names}
-        return HoliTomQwen3VLVideoPixelInputs(**fields, retention_ratio=kwargs[RATIO])
-
-    def _process_video_input(self, video_input: Qwen2_5_VLVideoPixelInputs) -> list[VideoTokens]:
-        """Overrides Qwen3VLForConditionalGeneration._process_video_input: DeepStack's features are maps beside."""
-        grids = video_input["video_grid_thw"].tolist()
-        merge_size = self.visual.spatial_merge_size
-        if self.settings.needs_importance:
-            with last_attention_input(self.visual) as seen:
-                embeddings = super()._process_video_input(video_input)
-            importance = last_attention_importance(self.visual.blocks[-1].attn, seen, grids, merge_size)
-        else:
-            embeddings = super()._process_video_input(video_input)
-            importance = [(None, None)] * len(grids)
-        videos = []
-        for tokens, (num_frames, height, width), (received, keys) in zip(embeddings, grids, importance):
-            features, deepstack = tokens.unflatten(0, (num_frames, -1)).tensor_split((self.visual_dim,), dim=-1)
-            grid = (height // merge_size, width // merge_size)
-            videos.append(VideoTokens(features, received, keys, grid=grid, maps=(deepstack,)))
-        return videos
 
     def _postprocess_video_embeds_evs(
         self, video_embeds_split: list[VideoTokens], video_input: Qwen2_5_VLVideoPixelInputs
@@ -225,10 +109,6 @@ class HoliTomQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
             )
         return tuple(embeddings)
 
-    def _postprocess_image_embeds_evs(self, image_embeds_split, image_input) -> tuple[torch.Tensor, ...]:
-        """Overrides Qwen3VLForConditionalGeneration._postprocess_image_embeds_evs: positions are known."""
-        return tuple(torch.nn.functional.pad(tokens, (0, NUM_CHANNELS)) for tokens in image_embeds_split)
-
     def _get_expanded_positions(
         self, device, seq_len, video_grid_thw, is_video_embed, is_vision_start, retention_mask, **kwargs
     ) -> torch.Tensor:
@@ -241,37 +121,7 @@ class HoliTomQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         is_end = torch.zeros_like(is_vision_start).index_fill_(0, starts + kept + 1, True)
         return as_channels(timed_offsets(is_video_embed, is_end, place, grid))
 
-    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """Overrides Qwen3VLForConditionalGeneration.get_mrope_input_positions: a video's tokens have its first one."""
-        merge_size, media = self.config.vision_config.spatial_merge_size, []
-        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            begin, length = feature.mm_position.offset, feature.mm_position.length
-            num_frames, height, width = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
-            rows, columns = height // merge_size, width // merge_size
-            if feature.modality == "image":
-                places = torch.arange(rows * columns)
-                offsets = torch.stack([0 * places, places // columns, places % columns])
-                media.append((begin, offsets, max(rows, columns)))
-                continue
-            num_text = sum(token != self.config.video_token_id for token in input_tokens[begin : begin + length])
-            offsets = torch.zeros(3, length, dtype=torch.long)
-            media.append((begin, offsets, num_text + num_frames * max(rows, columns)))
-        return prompt_positions(len(input_tokens), media)
-
-    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None) -> torch.Tensor:
-        """Overrides Qwen3VLForConditionalGeneration.embed_input_ids: keeps what `forward` adds to positions."""
-        if self.has_offsets:
-            self.offsets.zero_()
-        self.has_offsets = bool(multimodal_embeddings)
-        if multimodal_embeddings:
-            channels = torch.cat([tokens[:, -NUM_CHANNELS:] for tokens in multimodal_embeddings])
-            places = is_multimodal.nonzero()[:, 0].to(self.offsets.device)
-            self.offsets[:, places] = from_channels(channels).T
-            multimodal_embeddings = [tokens[:, :-NUM_CHANNELS] for tokens in multimodal_embeddings]
-        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
-
-    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
-        """Overrides Qwen3VLForConditionalGeneration.forward: a video's tokens stand where they stood uncompressed."""
-        num_tokens = positions.shape[-1]
-        shifted = torch.add(positions, self.offsets[:, :num_tokens], out=self.shifted[:, :num_tokens])
-        return super().forward(input_ids, shifted, intermediate_tensors, inputs_embeds, **kwargs)
+    def positions_of_video(self, tokens: list[int], num_frames: int, longer_side: int) -> int:
+        """Overrides KeptPositionsMixin.positions_of_video: text between frames, and each frame's longer side."""
+        num_text = sum(token != self.config.video_token_id for token in tokens)
+        return num_text + num_frames * longer_side

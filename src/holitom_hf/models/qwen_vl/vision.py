@@ -14,7 +14,7 @@ from ...merging.package import of_package
 from ...merging.video_tokens import VideoTokens
 from ...sequence.placeholders import assign_videos
 from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once, joined_chunks
-from ..vision_importance import received_attention
+from ..vision_importance import check_sees_frame, received_attention
 
 
 # In transformers 5.21 lists of hidden states are counted from the first block's output on, not its input.
@@ -242,16 +242,6 @@ def joined_features(
         grids=grids,
         **fields,
     )
-
-
-def check_sees_frame(tower: nn.Module) -> None:
-    """Raises a `ValueError` if a tower's last block, which importance is asked of, attends within windows alone."""
-    last, whole = len(tower.blocks) - 1, getattr(tower, "fullatt_block_indexes", None)
-    if whole is not None and last not in whole:
-        raise ValueError(
-            f"the vision tower's last block ({last}) attends within windows (fullatt_block_indexes: {list(whole)}), "
-            "so that it does not tell what matters in a frame: choose a method that needs no importance"
-        )
 
 
 def in_reading_order(tower: nn.Module, hidden_states: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
