@@ -58,13 +58,3 @@ def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) 
         for q, k in zip(*(values.flatten(0, 1).split(heads_at_once) for values in (queries, keys)))
     ]
     return torch.cat(received).view(num_frames, -1, num_patches).mean(1) / num_patches
-
-
-def check_sees_frame(tower: nn.Module) -> None:
-    """Raises a `ValueError` if a tower's last block, which importance is asked of, attends within windows alone."""
-    last, whole = len(tower.blocks) - 1, getattr(tower, "fullatt_block_indexes", None)
-    if whole is not None and last not in whole:
-        raise ValueError(
-            f"the vision tower's last block ({last}) attends within windows (fullatt_block_indexes: {list(whole)}), "
-            "so that it does not tell what matters in a frame: choose a method that needs no importance"
-        )

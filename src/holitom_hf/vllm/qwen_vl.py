@@ -8,7 +8,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLVideoPixelInputs
 from vllm.utils.tensor_schema import TensorShape
 
 from ..merging.video_tokens import VideoTokens
-from ..models.vision_importance import check_sees_frame
+from ..models.qwen_vl.window_check import check_sees_frame
 from .checkpoint import served_settings
 from .qwen_importance import last_attention_importance, last_attention_input
 from .qwen_positions import KeptPositionsMixin

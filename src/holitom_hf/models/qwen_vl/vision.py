@@ -14,7 +14,8 @@ from ...merging.package import of_package
 from ...merging.video_tokens import VideoTokens
 from ...sequence.placeholders import assign_videos
 from ..vision import HoliTomVideoFeatures, check_finite, chunks_on_device, frames_at_once, joined_chunks
-from ..vision_importance import check_sees_frame, received_attention
+from ..vision_importance import received_attention
+from .window_check import check_sees_frame
 
 
 # In transformers 5.21 lists of hidden states are counted from the first block's output on, not its input.
