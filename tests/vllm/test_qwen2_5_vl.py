@@ -55,14 +55,16 @@ def asked(request: Request, ratio: float) -> dict:
     }
 
 
-def encode(model, inputs, ratio):
-    """What the model returns for one video."""
+def encode(model, inputs, ratio, **changes):
+    """What the model returns for one video, with settings laid over its own."""
     import torch
 
+    own, model.settings = model.settings, model.settings.overlaid(changes)
     inputs = {name: values[None] if name != "pixel_values_videos" else values for name, values in inputs.items()}
     ratios = torch.tensor([ratio], dtype=torch.float64)
     with torch.inference_mode():
         (embeddings,) = model.embed_multimodal(**inputs | {"retention_ratio": ratios})
+    model.settings = own
     return embeddings
 
 
@@ -87,6 +89,16 @@ def test_the_encoder_returns_the_tokens_and_places_of_our_transformers_class(
         begin = rendered["mm_placeholders"]["video"][0].offset
         offsets = positions[:, begin : begin + len(tokens)] - begin
         assert torch.equal(from_channels(found[:, -NUM_CHANNELS:]).cpu().T, offsets)
+
+
+def test_a_request_has_its_rate_where_the_server_compresses_nothing(engine, requests):
+    import torch
+
+    (rendered,) = engine.llm_engine.renderer.render_cmpl([asked(requests[0], 0.25)])
+    inputs = {name: field.data for name, field in rendered["mm_kwargs"]["video"][0].items()}
+    encodings = (partial(encode, inputs=inputs, ratio=0.25, retention_ratio=of_server) for of_server in (0.25, 1.0))
+    first, second = (engine.apply_model(encoding)[0] for encoding in encodings)
+    assert torch.equal(first, second)
 
 
 def watch(model):
@@ -181,6 +193,7 @@ class Upstream:
     [
         ({}, 1, {}, None),
         ({"last_whole_block": 0}, 1, {}, "attends within windows"),
+        ({"last_whole_block": 0}, 1, {"retention_ratio": 1.0}, "attends within windows"),
         ({"last_whole_block": 0}, 1, {"outer_method": "farthest_points"}, None),
         ({"use_data_parallel": True}, 1, {}, "divided by frames"),
         ({}, 2, {}, "first stage of a pipeline"),

@@ -15,6 +15,7 @@ from holitom_hf.vllm.settings import (
     check_asked,
     checkpoint_settings,
     engine_settings,
+    may_need_importance,
     num_placeholders,
     request_settings,
 )
@@ -33,6 +34,13 @@ def test_counts_follow_from_sizes_and_the_rate_alone():
 def test_a_rate_that_is_none_is_an_error_that_names_it(ratio, error):
     with pytest.raises(error, match="retention_ratio"):
         request_settings(HoliTomConfig(), {"retention_ratio": ratio})
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.15])
+def test_importance_is_asked_for_if_any_rate_needs_it(ratio):
+    assert may_need_importance(HoliTomConfig(retention_ratio=ratio))
+    assert not may_need_importance(HoliTomConfig(retention_ratio=ratio, outer_method="farthest_points"))
+    assert not may_need_importance(HoliTomConfig(retention_ratio=ratio, outer_method="none"))
 
 
 def test_what_an_engine_has_no_place_for_is_off_and_said():

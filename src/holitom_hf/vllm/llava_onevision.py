@@ -25,7 +25,7 @@ from ..merging.outer import merge_videos
 from ..merging.video_tokens import VideoTokens
 from .checkpoint import served_settings
 from .processing import HoliTomMultiModalProcessorMixin, HoliTomProcessingInfoMixin
-from .settings import RATIO, num_placeholders
+from .settings import RATIO, may_need_importance, num_placeholders
 from .siglip import encode_changes, encode_frames, last_layer_importance
 from .weight_names import PUBLISHED_TOWER, TOWER
 
@@ -100,7 +100,8 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings = served_settings(vllm_config.model_config)
         is_siglip = isinstance(self.vision_tower, SiglipVisionModel)
-        if self.settings.needs_importance and not is_siglip:
+        self.needs_importance = may_need_importance(self.settings)
+        if self.needs_importance and not is_siglip:
             raise ValueError(
                 f"outer_method={self.settings.outer_method!r} needs the attention of a SigLIP tower; this model's is "
                 f"a {type(self.vision_tower).__name__}"
@@ -173,7 +174,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
         """
         Features (F, T, D) of F frames (F, C, H, W), and where settings need them importance (F, T), keys (F, T, K).
         """
-        if not self.settings.needs_importance:
+        if not self.needs_importance:
             return (self._video_pixels_to_features(self.vision_tower, pixels),)
         layers = self.vision_tower.vision_model.encoder.layers
         hidden_states = encode_frames(self.vision_tower, pixels, len(layers) - 1)
@@ -188,7 +189,7 @@ class HoliTomLlavaOnevisionForConditionalGeneration(LlavaOnevisionForConditional
         parts = encode_changes(self.vision_tower, chunks, num_frames, self.settings, self.frames_at_once)
         for before, rows, slot in parts:
             features = self.apply_pooling(self.multi_modal_projector(rows)[slot])
-            yield features, *(self.pooled_importance(before, slot) if self.settings.needs_importance else ())
+            yield features, *(self.pooled_importance(before, slot) if self.needs_importance else ())
 
     def pooled_importance(self, *hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Importance (F, T) and keys (F, T, K) from what goes into the last layer, as [`last_layer_importance`]."""

@@ -12,7 +12,7 @@ from ..models.qwen_vl.window_check import check_sees_frame
 from .checkpoint import served_settings
 from .qwen_importance import last_attention_importance, last_attention_input
 from .qwen_positions import KeptPositionsMixin
-from .settings import RATIO
+from .settings import RATIO, may_need_importance
 
 
 class HoliTomQwenVideoPixelInputs(Qwen2_5_VLVideoPixelInputs):
@@ -41,7 +41,7 @@ class HoliTomQwenVLMixin(KeptPositionsMixin):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings = served_settings(vllm_config.model_config, keeps_positions=True)
-        if not self.settings.needs_importance:
+        if not may_need_importance(self.settings):
             return
         check_sees_frame(self.visual)
         if self.use_data_parallel:
@@ -63,7 +63,8 @@ class HoliTomQwenVLMixin(KeptPositionsMixin):
         """Overrides upstream's _process_video_input: DeepStack's features, if there are any, are maps beside."""
         grids = video_input["video_grid_thw"].tolist()
         merge_size, dim = self.visual.spatial_merge_size, self.config.vision_config.out_hidden_size
-        if self.settings.needs_importance:
+        lowest = self.settings.overlaid({RATIO: min(video_input[RATIO].tolist())})
+        if lowest.needs_importance:
             with last_attention_input(self.visual) as seen:
                 embeddings = super()._process_video_input(video_input)
             importance = last_attention_importance(self.visual, seen, grids)

@@ -125,6 +125,11 @@ def request_settings(settings: HoliTomConfig, mm_processor_kwargs: Mapping[str, 
     return settings if ratio is None else settings.overlaid({RATIO: ratio})
 
 
+def may_need_importance(settings: HoliTomConfig) -> bool:
+    """Whether a request can ask for a rate at which what is kept depends on the vision tower's attention."""
+    return settings.overlaid({RATIO: min(settings.retention_ratio, 0.5)}).needs_importance
+
+
 def num_placeholders(settings: HoliTomConfig, num_frames: int, tokens_per_frame: int) -> int:
     """
     Placeholders of a video in a prompt of LLaVA-OneVision: as many as it will have tokens, and one for the newline.
