@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import holitom_hf
 from holitom_hf import HoliTomConfig
@@ -54,17 +55,25 @@ HYBRID = {
     "mtp_num_hidden_layers": 1,
     "rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2]},
 }
-# What vLLM's linear attention on a CPU can't compute in float32.
+# In place of linear attention, of which vLLM's CPU build has bfloat16 alone.
 ATTENTION = {"layer_types": ["full_attention"] * 4}
 DEEPSTACK = {"deepstack_visual_indexes": [1]}
+NO_DEEPSTACK = {"deepstack_visual_indexes": []}  # as published configurations say it
 # By name the family, as its classes are called, and the configurations of the two halves.
 MODELS = {
     "qwen3_vl_moe": ("Qwen3VLMoe", VISION | DEEPSTACK, TEXT | EXPERTS | {"mlp_only_layers": [1]}),
     "qwen3_5": ("Qwen3_5", VISION, TEXT | HYBRID),
     "qwen3_5_attention": ("Qwen3_5", VISION, TEXT | HYBRID | ATTENTION),
     "qwen3_5_moe": ("Qwen3_5Moe", VISION, TEXT | HYBRID | EXPERTS | SHARED_EXPERT),
-    "qwen3_5_moe_attention": ("Qwen3_5Moe", VISION, TEXT | HYBRID | EXPERTS | SHARED_EXPERT | ATTENTION),
+    "qwen3_5_moe_attention": (
+        "Qwen3_5Moe",
+        VISION | NO_DEEPSTACK,
+        TEXT | HYBRID | EXPERTS | SHARED_EXPERT | ATTENTION,
+    ),
 }
+# This one is written as published: experts together, which transformers saves one by one, and a part that predicts
+# further tokens.
+PUBLISHED = "qwen3_5_moe_attention"
 
 
 @torch.no_grad()
@@ -89,6 +98,9 @@ def write_random_model(name: str, folder: Path, dtype: torch.dtype):
     model.lm_head.weight[::40] *= 4
     shutil.rmtree(folder, ignore_errors=True)
     model.to(dtype).save_pretrained(folder)
+    if name == PUBLISHED:
+        further = {"mtp.fc.weight": torch.zeros(text["hidden_size"], 2 * text["hidden_size"])}
+        save_file(model.state_dict() | further, folder / "model.safetensors", metadata={"format": "pt"})
     for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(SMALL_QWEN / file, folder)
     return model.float()
