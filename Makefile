@@ -51,7 +51,8 @@ test-kvpress:
 # what our own class answers is written in the other environment, anew when that class or the questions changed.
 VLLM_ANSWERS := .vllm/answers.json
 $(VLLM_ANSWERS): $(VENV)/.installed tests/vllm/transformers_answers.py tests/vllm/questions.py tests/vllm/qwen2_5_vl.py \
-		tests/vllm/small_qwen2_5_vl.py $(shell find src/holitom_hf examples/small_qwen3_vl -type f -not -name '*.pyc' \
+		tests/vllm/small_qwen2_5_vl.py tests/vllm/random_models.py \
+		$(shell find src/holitom_hf examples/small_qwen3_vl -type f -not -name '*.pyc' \
 		-not -path 'src/holitom_hf/vllm/*')
 	mkdir -p $(@D)
 	$(BIN)/python -m tests.vllm.transformers_answers $@

@@ -41,3 +41,9 @@ def transformers_checkpoints(request):
 def transformers_qwen2_5_vl(request):
     """The folder with the small Qwen2.5-VL that our transformers class saved."""
     return written(request, ".qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def transformers_models(request):
+    """The folder with models of random weights."""
+    return written(request, ".models")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,16 @@ BATCHES = {
     "llava_onevision": [],
     "qwen3_vl": ["--model", str(SMALL_QWEN), "--fps", "2", "--max-pixels", "60000"],
 }
+# Models with random weights, see random_models.py, and what vLLM computes in: of linear attention its CPU build has
+# nothing but bfloat16, so that the same without it stands beside.
+RANDOM_MODELS = {
+    "qwen3_vl_moe": "float32",
+    "qwen3_5": "bfloat16",
+    "qwen3_5_attention": "float32",
+    "qwen3_5_moe": "bfloat16",
+    "qwen3_5_moe_attention": "float32",
+}
+RANDOM_RATIOS = (1.0, 0.25, 0.05)
 REUSE = {"retention_ratio": 0.15, "vision_reuse_layer": 1, "vision_reuse_threshold": 0.98}
 
 
@@ -54,6 +65,12 @@ def drawn_questions(number: int) -> Iterator[tuple[np.ndarray, str, str]]:
         frames = clip.render(uniform_times(clip.num_frames or NUM_FRAMES), SIDE)
         for question in questions:
             yield frames, question.text, question.answer
+
+
+def questions_about_clips(number: int) -> Iterator[tuple[np.ndarray, str, str]]:
+    """As [`drawn_questions`], each about a clip of its own."""
+    for clip, (question, *_) in islice(draw_set(6 * number), number):
+        yield clip.render(uniform_times(clip.num_frames or NUM_FRAMES), SIDE), question.text, question.answer
 
 
 def drawn_pixels() -> list[np.ndarray]:

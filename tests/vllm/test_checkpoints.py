@@ -92,3 +92,13 @@ def test_a_rate_for_all_that_is_none_ends_the_server_with_its_name(ratio):
 def test_a_config_only_checkpoint_alone_says_how_it_is_served(config_only, published):
     with pytest.raises(ValueError, match=f"vllm serve {published} --hf-config-path {config_only}"):
         vllm.LLM(model=str(config_only), max_model_len=2048)
+
+
+def test_a_model_that_drafts_is_refused_where_tokens_keep_positions(transformers_models):
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    arguments = {"model": str(transformers_models / "qwen3_5"), "dtype": "bfloat16", "max_model_len": 2048}
+    drafting = {"method": "mtp", "num_speculative_tokens": 1}
+    with pytest.raises(ValueError, match="mtp"):
+        vllm.EngineArgs(**arguments, speculative_config=drafting).create_engine_config()

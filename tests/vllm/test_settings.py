@@ -5,12 +5,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
+import torch
 from transformers import LlavaOnevisionConfig
 
 from holitom_hf import HoliTomConfig
 from holitom_hf import vllm as room
 from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.merging.vision_methods import VISION_METHODS
+from holitom_hf.models.registry import backbones
+from holitom_hf.vllm.expert_weights import published_experts
 from holitom_hf.vllm.settings import (
     check_asked,
     checkpoint_settings,
@@ -103,6 +106,20 @@ def test_both_names_of_the_tower_are_the_published_one(prefix):
     assert published_name("language_model.model.norm.weight") == "language_model.model.norm.weight"
 
 
+@pytest.mark.parametrize(("name", "shape"), [("gate_up_proj", (2, 8, 24)), ("down_proj", (2, 12, 8))])
+def test_experts_of_both_layouts_are_the_published_ones(name, shape):
+    published = torch.rand(shape)
+    for weight in (published, published.transpose(1, 2)):
+        assert torch.equal(published_experts(f"model.layers.0.mlp.experts.{name}", weight, hidden_size=8), published)
+    other = torch.rand(5, 8, 3)
+    for name_of_other in (f"model.layers.0.mlp.{name}", f"model.layers.0.mlp.experts.{name}_scale", "lm_head.weight"):
+        assert published_experts(name_of_other, other, hidden_size=4) is other
+
+
+def test_classes_are_called_as_those_of_transformers():
+    assert set(room.ARCHITECTURES) <= {backbone.generation for backbone in backbones().values()}
+
+
 class Registry:
     """As much of vLLM's as the plugin uses."""
 
@@ -124,7 +141,8 @@ def test_models_are_registered_once_however_often_it_is_asked_for(monkeypatch):
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     checkpoint = ModuleType("holitom_hf.vllm.checkpoint")
-    checkpoint.HoliTomModelConfig, checkpoint.PruningModelConfig = type("A", (), {}), type("B", (), {})
+    for name in ("HoliTomModelConfig", "PruningModelConfig", "HybridModelConfig"):
+        setattr(checkpoint, name, type(name, (), {}))
     monkeypatch.setitem(sys.modules, checkpoint.__name__, checkpoint)
     sys.modules["vllm"].ModelRegistry = registry
     module.MODELS_CONFIG_MAP = configs

@@ -29,6 +29,8 @@ from .questions import (
     ENGINE,
     QWEN_PROMPT,
     QWEN_RATIOS,
+    RANDOM_MODELS,
+    RANDOM_RATIOS,
     RATIOS,
     REUSE,
     SMALL_QWEN,
@@ -37,7 +39,9 @@ from .questions import (
     metadata_of,
     mixed_prompts,
     prompt_of,
+    questions_about_clips,
 )
+from .random_models import write_random_model
 from .small_qwen2_5_vl import small_qwen2_5_vl_answers
 
 
@@ -57,10 +61,15 @@ def qwen_inputs(processor, frames, question):
     )
 
 
-def answers_of(model, processor, inputs_of, settings: HoliTomConfig, number: int) -> list[dict]:
-    """Of each question the answer's tokens, and how far the best token of each step was from the second."""
+def answers_of(
+    model, processor, inputs_of, settings: HoliTomConfig, number: int, questions=drawn_questions
+) -> list[dict]:
+    """
+    Of each question the answer's tokens, how far the best token of each step was from the second, and logarithms of
+    the probabilities of the ten likeliest first ones.
+    """
     answers = []
-    for frames, question, _ in drawn_questions(number):
+    for frames, question, _ in questions(number):
         inputs = inputs_of(processor, frames, question)
         out = model.generate(
             **inputs,
@@ -72,7 +81,14 @@ def answers_of(model, processor, inputs_of, settings: HoliTomConfig, number: int
         )
         best = [scores[0].topk(2).values for scores in out.scores]
         ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        answers.append({"ids": ids, "margins": [float(first - second) for first, second in best]})
+        values, likeliest = out.scores[0][0].log_softmax(-1).topk(10)
+        answers.append(
+            {
+                "ids": ids,
+                "margins": [float(first - second) for first, second in best],
+                "first_logprobs": dict(zip(likeliest.tolist(), values.tolist())),
+            }
+        )
     return answers
 
 
@@ -178,6 +194,20 @@ def write_batch(folder: Path, number: int = 40) -> None:
         subprocess.run([sys.executable, "-m", "holitom_hf", "batch", *files, *options, *of_model], check=True)
 
 
+def write_random_models(folder: Path, processor, number: int) -> dict[str, dict]:
+    """Saves [`RANDOM_MODELS`], and returns of each what it answers and encodes, by ratio."""
+    found = {}
+    for name, dtype in RANDOM_MODELS.items():
+        model = write_random_model(name, folder / name, getattr(torch, dtype))
+        found[name] = {"answers": {}, "encoder": {}}
+        for ratio in RANDOM_RATIOS:
+            settings = HoliTomConfig(retention_ratio=ratio, position_ids="kept", **ENGINE)
+            asked = (model, processor, qwen_inputs, settings, number, questions_about_clips)
+            found[name]["answers"][ratio] = answers_of(*asked)
+            found[name]["encoder"][ratio] = encoded(model, processor, settings)
+    return found
+
+
 def write_checkpoints(folder: Path, model: HoliTomLlavaOnevisionForConditionalGeneration, processor) -> None:
     """The model with the code that it runs, and settings of another rate, with code, too."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -211,6 +241,8 @@ def main() -> None:
     answers["qwen2_5_vl"] = small_qwen2_5_vl_answers(args.file.with_suffix(".qwen2_5_vl"))
     answers["reuse"] = encoded_with_reuse(model)
     answers["importance"] = received_attention(model, qwen, qwen_processor)
+    models = args.file.with_suffix(".models")
+    answers["random_models"] = write_random_models(models, qwen_processor, min(args.questions, 20))
     write_batch(args.file.with_suffix(".batch"))
     write_checkpoints(args.file.with_suffix(".checkpoints"), model, processor)
     args.file.write_text(json.dumps(answers))

@@ -15,6 +15,9 @@ ARCHITECTURES = {
     "HoliTomLlavaOnevisionForConditionalGeneration": ("llava_onevision", "checkpoint:HoliTomModelConfig"),
     "HoliTomQwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "checkpoint:PruningModelConfig"),
     "HoliTomQwen3VLForConditionalGeneration": ("qwen3_vl", "checkpoint:PruningModelConfig"),
+    "HoliTomQwen3VLMoeForConditionalGeneration": ("qwen3_vl_moe", "checkpoint:PruningModelConfig"),
+    "HoliTomQwen3_5ForConditionalGeneration": ("qwen3_5", "checkpoint:HybridModelConfig"),
+    "HoliTomQwen3_5MoeForConditionalGeneration": ("qwen3_5", "checkpoint:HybridModelConfig"),
 }
 
 

@@ -5,7 +5,7 @@ import os
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import model_parallel_is_initialized
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import Qwen3_5ForConditionalGenerationConfig, VerifyAndUpdateConfig
 
 from ..configuration import HoliTomConfig
 from .settings import RATIO, checkpoint_settings, engine_settings, request_settings
@@ -69,6 +69,32 @@ class PruningModelConfig(HoliTomModelConfig):
         HoliTomModelConfig.verify_and_update_model_config(model_config)
         settings = served_settings(model_config, keeps_positions=True)
         model_config.get_multimodal_config().video_pruning_rate = max(1 - settings.retention_ratio, 0.01)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """
+        Overrides HoliTomModelConfig.verify_and_update_config.
+
+        Raises:
+            ValueError: If a second model drafts answers: it would be handed embeddings with positions beside them.
+        """
+        HoliTomModelConfig.verify_and_update_config(vllm_config)
+        drafting = vllm_config.speculative_config
+        if drafting is not None and (drafting.use_eagle() or drafting.uses_draft_model()):
+            raise ValueError(
+                f"speculative decoding with method={drafting.method!r} hands a second model compressed videos, whose "
+                'positions it does not know: take a method without one, as "ngram"'
+            )
+
+
+class HybridModelConfig(PruningModelConfig):
+    """[`PruningModelConfig`] of a decoder with linear attention."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Overrides PruningModelConfig.verify_and_update_config: states are cached as upstream's."""
+        PruningModelConfig.verify_and_update_config(vllm_config)
+        Qwen3_5ForConditionalGenerationConfig.verify_and_update_config(vllm_config)
 
 
 def served_settings(model_config: ModelConfig, keeps_positions: bool = False) -> HoliTomConfig:

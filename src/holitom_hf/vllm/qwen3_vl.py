@@ -71,14 +71,10 @@ class HoliTomQwen3VLMultiModalProcessor(HoliTomMultiModalProcessorMixin, Qwen3VL
         ]
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    HoliTomQwen3VLMultiModalProcessor,
-    info=HoliTomQwen3VLProcessingInfo,
-    dummy_inputs=Qwen3VLDummyInputsBuilder,
-)
-class HoliTomQwen3VLForConditionalGeneration(HoliTomQwenVLMixin, Qwen3VLForConditionalGeneration):
+class HoliTomQwen3VLMixin(HoliTomQwenVLMixin):
     """
-    vLLM's `Qwen3VLForConditionalGeneration` whose encoder shortens videos.
+    For vLLM's `Qwen3VLForConditionalGeneration` and what is derived from it, before upstream's class: an encoder that
+    shortens videos.
 
     A token takes the place, and the position along all three axes, of what it stands for; text goes on behind all of
     the uncompressed video, as with `position_ids="kept"`.
@@ -125,3 +121,12 @@ class HoliTomQwen3VLForConditionalGeneration(HoliTomQwenVLMixin, Qwen3VLForCondi
         """Overrides KeptPositionsMixin.positions_of_video: text between frames, and each frame's longer side."""
         num_text = sum(token != self.config.video_token_id for token in tokens)
         return num_text + num_frames * longer_side
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    HoliTomQwen3VLMultiModalProcessor,
+    info=HoliTomQwen3VLProcessingInfo,
+    dummy_inputs=Qwen3VLDummyInputsBuilder,
+)
+class HoliTomQwen3VLForConditionalGeneration(HoliTomQwen3VLMixin, Qwen3VLForConditionalGeneration):
+    """vLLM's `Qwen3VLForConditionalGeneration` whose encoder shortens videos."""
