@@ -17,6 +17,8 @@ from transformers import (
 
 from holitom_hf import HoliTomLlavaOnevisionForConditionalGeneration, HoliTomProcessor
 from holitom_hf.bundled.tiny_model import tiny_model, tiny_processor
+from holitom_hf.models.qwen_vl.positions import QwenPositionsMixin
+from holitom_hf.models.registry import backbone_class, backbones
 
 from ..conftest import SMALL
 
@@ -41,6 +43,15 @@ def test_transformers_own_pipelines_take_the_model_to_be_supported(task):
 def test_a_configuration_of_ours_makes_a_model_of_ours_and_upstreams_one_of_upstreams(auto, model):
     assert type(auto.from_config(model.config)) is HoliTomLlavaOnevisionForConditionalGeneration
     assert type(auto.from_config(LlavaOnevisionConfig(**SMALL))) is LlavaOnevisionForConditionalGeneration
+
+
+def test_a_backbone_says_that_its_model_keeps_positions():
+    found = {
+        backbone.title: issubclass(backbone_class(backbone, "model"), QwenPositionsMixin)
+        for backbone in backbones().values()
+    }
+    assert found == {backbone.title: backbone.keeps_positions for backbone in backbones().values()}
+    assert set(found.values()) == {False, True}
 
 
 def test_what_a_processor_takes_is_annotated_as_upstreams_is():

@@ -94,8 +94,8 @@ def engine_settings(settings: HoliTomConfig, keeps_positions: bool) -> tuple[Hol
         )
     left_out = []
     positions = "kept" if keeps_positions else "packed"
-    if settings.position_ids != positions and not keeps_positions:
-        left_out.append(f"{settings.position_ids} positions (this model's are {positions})")
+    if settings.position_ids == "kept" and not keeps_positions:
+        left_out.append("kept positions (this model's are packed)")
     is_asked = {
         "inner_method": settings.has_inner_stage,
         "skipped_layers": settings.skips,
