@@ -133,7 +133,7 @@ class Registry:
         self.registered.append((name, place))
 
 
-@pytest.mark.skipif("vllm" in sys.modules, reason="takes the place of vLLM")
+@pytest.mark.skipif("'vllm' in sys.modules", reason="takes the place of vLLM")
 def test_models_are_registered_once_however_often_it_is_asked_for(monkeypatch):
     registry, configs = Registry(), {}
     for name in ("vllm", "vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.config"):
@@ -154,7 +154,7 @@ def test_models_are_registered_once_however_often_it_is_asked_for(monkeypatch):
     )
 
 
-@pytest.mark.skipif("vllm" in sys.modules, reason="vLLM is there")
+@pytest.mark.skipif("'vllm' in sys.modules", reason="vLLM is there")
 def test_without_vllm_nothing_is_registered(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     room.register()

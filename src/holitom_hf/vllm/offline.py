@@ -114,7 +114,7 @@ class OfflineAnswerer(Answerer):
             }
             for prompt, video in zip(prompts, videos)
         ]
-        sampling = SamplingParams(temperature=0, max_tokens=max_new_tokens)
+        sampling = SamplingParams(temperature=0, max_tokens=max_new_tokens, detokenize=False)
         try:
             outputs = self.engine.generate(requests, sampling, use_tqdm=False)
         except EngineDeadError as error:
@@ -122,7 +122,11 @@ class OfflineAnswerer(Answerer):
                 f"vLLM's engine ended, its log says why; started again, the run goes on ({error})"
             ) from error
         placeholder = self.processor.video_token_id
+        # As everywhere else: the engine leaves out the beginning of a character that an answer is cut off in.
+        texts = self.processor.batch_decode(
+            [output.outputs[0].token_ids for output in outputs], skip_special_tokens=True
+        )
         return [
-            EngineAnswer(output.outputs[0].text, list(output.prompt_token_ids).count(placeholder))
-            for output in outputs
+            EngineAnswer(text, list(output.prompt_token_ids).count(placeholder))
+            for text, output in zip(texts, outputs)
         ]
