@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from holitom_hf.bundled import BUNDLED_MODEL
 from holitom_hf.vllm.weight_names import published_name
 
-from .questions import drawn_questions, prompt_of
+from .questions import SMALL_QWEN, drawn_questions, prompt_of
 
 
 vllm = pytest.importorskip("vllm")
@@ -102,3 +102,12 @@ def test_a_model_that_drafts_is_refused_where_tokens_keep_positions(transformers
     drafting = {"method": "mtp", "num_speculative_tokens": 1}
     with pytest.raises(ValueError, match="mtp"):
         vllm.EngineArgs(**arguments, speculative_config=drafting).create_engine_config()
+
+
+def test_encoded_videos_are_refused_where_tokens_keep_positions():
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    arguments = vllm.EngineArgs(model=str(SMALL_QWEN), max_model_len=2048, enable_mm_embeds=True)
+    with pytest.raises(ValueError, match="takes pixels alone"):
+        arguments.create_model_config()

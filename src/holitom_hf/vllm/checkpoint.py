@@ -65,8 +65,18 @@ class PruningModelConfig(HoliTomModelConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Overrides HoliTomModelConfig.verify_and_update_model_config: pruning is on. Its rate is not looked at."""
+        """
+        Overrides HoliTomModelConfig.verify_and_update_model_config: pruning is on. Its rate is not looked at.
+
+        Raises:
+            ValueError: If requests may bring videos that are encoded: nothing of them says what to merge, nor where.
+        """
         HoliTomModelConfig.verify_and_update_model_config(model_config)
+        if model_config.get_multimodal_config().enable_mm_embeds:
+            raise ValueError(
+                "encoded images and videos (--enable-mm-embeds) have no kept positions beside them: this model takes "
+                "pixels alone"
+            )
         settings = served_settings(model_config, keeps_positions=True)
         model_config.get_multimodal_config().video_pruning_rate = max(1 - settings.retention_ratio, 0.01)
 
